@@ -1,0 +1,92 @@
+package sys
+
+import (
+	"errors"
+	"os"
+	"testing"
+)
+
+func TestEventFDCountsAndWakes(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.Pending() {
+		t.Error("new eventfd is pending")
+	}
+	for range 3 {
+		if err := e.Signal(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !e.Pending() {
+		t.Error("signalled eventfd is not pending")
+	}
+	if n, err := e.Wait(); n != 3 || err != nil {
+		t.Errorf("Wait() = %d, %v; want 3, nil", n, err)
+	}
+	if n := e.Drain(); n != 0 {
+		t.Errorf("Drain() of an empty eventfd = %d; want 0", n)
+	}
+
+	woken := make(chan uint64)
+	go func() {
+		n, _ := e.Wait()
+		woken <- n
+	}()
+	e.Signal()
+	if n := <-woken; n != 1 {
+		t.Errorf("waiter took %d; want 1", n)
+	}
+
+	for range 2 {
+		if err := e.Close(); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+	}
+	if err := e.Signal(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Signal after Close = %v; want os.ErrClosed", err)
+	}
+	if _, err := e.Wait(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Wait after Close = %v; want os.ErrClosed", err)
+	}
+}
+
+func TestEventFDSignalDoesNotAllocate(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if n := testing.AllocsPerRun(100, func() { e.Signal(); e.Wait() }); n != 0 {
+		t.Errorf("Signal and Wait allocate %v times; want 0", n)
+	}
+}
+
+func TestMappingSharesAMemFD(t *testing.T) {
+	f, err := MemFD("test", 8192)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var maps [2]*Mapping
+	for i := range maps {
+		if maps[i], err = MapShared(int(f.Fd()), 4096, 4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	maps[0].Bytes()[17] = 0xa5
+	if got := maps[1].Bytes()[17]; got != 0xa5 {
+		t.Errorf("second mapping reads %#x; want 0xa5", got)
+	}
+	for _, m := range maps {
+		for range 2 {
+			if err := m.Close(); err != nil {
+				t.Errorf("Close() = %v", err)
+			}
+		}
+		if m.Bytes() != nil {
+			t.Error("Bytes() after Close is not nil")
+		}
+	}
+}
