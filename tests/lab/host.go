@@ -1,0 +1,366 @@
+// Package lab starts hosts with nested KVM under QEMU's emulator: machines
+// whose /dev/kvm runs stock kernels, with the kernel's SCSI target for LUNs,
+// wherever Go, QEMU and Debian's package archive are at hand.
+//
+//	host, err := lab.Start(ctx, lab.Config{Share: dir})
+//	...
+//	defer host.Close()
+//	out, err := host.Command(ctx, "sg_persist", "-k", "/dev/sg0").Output()
+//
+// A host keeps nothing: its disk is memory, and it ends with the process that
+// started it, however that one ends. What is to stay goes to the shared
+// directory.
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"vmm/tests/lab/agent"
+	"vmm/tests/lab/kernel"
+)
+
+// Config describes a host. The zero value is a good one.
+type Config struct {
+	Name   string         // its host name; "lab" if empty
+	Memory int64          // bytes; 4 GiB if 0
+	CPUs   int            // 2 if 0
+	Kernel *kernel.Kernel // Debian's generic kernel if nil; needs kvm_amd, LIO and 9p as modules
+
+	// Share is a directory of the outer machine that the host has as /work,
+	// writable; none if empty.
+	Share string
+	// HostRoot gives the host the outer machine's root directory, read-only, as
+	// /outer, with /dev, /proc, /sys, /run and /tmp of the host and /work as
+	// /mnt, ready for "outer PROGRAM" (chroot /outer PROGRAM).
+	HostRoot bool
+	// NICs are network interfaces, eth0 and so on.
+	NICs []NIC
+
+	Console io.Writer // gets the console's output as it comes, if not nil
+	Cmdline string    // more kernel parameters
+	QEMU    []string  // more arguments for QEMU
+}
+
+// NIC is one end of a cable between two hosts.
+type NIC struct {
+	End     *os.File // from Cable; the host owns it after Start, whatever Start returns
+	Address string   // IPv4 with prefix length, 10.0.0.1/24
+}
+
+// Cable makes a network link of two ends; each goes into the NIC of another
+// host.
+func Cable() (a, b *os.File, err error) {
+	return socketPair(false)
+}
+
+// socketPair makes two connected stream sockets. If pollable, the first is in
+// non-blocking mode, in the care of Go's poller: only then does Close wake a
+// reader.
+func socketPair(pollable bool) (a, b *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("lab: socketpair: %w", err)
+	}
+	if err := unix.SetNonblock(fds[0], pollable); err != nil {
+		unix.Close(fds[0])
+		unix.Close(fds[1])
+		return nil, nil, fmt.Errorf("lab: socketpair: %w", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "socketpair"), os.NewFile(uintptr(fds[1]), "socketpair"), nil
+}
+
+// Host is a running host.
+type Host struct {
+	qemu    *process
+	client  *agent.Client
+	console *console
+}
+
+// consoleSize is how much of a host's console output is kept, in bytes.
+const consoleSize = 256 << 10
+
+// Start starts a host and waits until it takes commands. When ctx is done
+// before that, the host is ended; afterwards it lives until Close.
+func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
+	var closers []io.Closer
+	for _, nic := range cfg.NICs {
+		closers = append(closers, nic.End)
+	}
+	defer func() {
+		for _, c := range closers { // QEMU has its own descriptors by now
+			c.Close()
+		}
+	}()
+	if cfg.Kernel == nil {
+		if cfg.Kernel, err = kernel.Find(ctx, kernel.Generic); err != nil {
+			return nil, err
+		}
+	}
+	image, err := Image(ctx, cfg.Kernel)
+	if err != nil {
+		return nil, err
+	}
+	conn, theirs, err := socketPair(true)
+	if err != nil {
+		return nil, err
+	}
+	closers = append(closers, theirs)
+	args, files, err := cfg.arguments(image, theirs)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	h := &Host{console: &console{tail: agent.Tail{Max: consoleSize}, also: cfg.Console}}
+	h.qemu, err = startProcess(args, files, h.console)
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("lab: %w", err)
+	}
+	h.client = agent.NewClient(conn)
+	if err := h.client.Ping(ctx); err != nil {
+		h.kill()
+		return nil, fmt.Errorf("lab: host did not start: %w\n%s", err, h.post())
+	}
+	return h, nil
+}
+
+// arguments returns QEMU's command line, and the descriptors it inherits,
+// from 3 on.
+func (cfg *Config) arguments(image string, port *os.File) ([]string, []*os.File, error) {
+	memory, cpus, name := cfg.Memory, cfg.CPUs, cfg.Name
+	if memory == 0 {
+		memory = 4 << 30
+	}
+	if cpus == 0 {
+		cpus = 2
+	}
+	if name == "" {
+		name = "lab"
+	}
+	params := []string{
+		"console=ttyS0", "panic=-1", "oops=panic", "quiet", "loglevel=4",
+		// An emulated machine on a busy one: its watchdogs see ghosts.
+		"nosoftlockup", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1",
+		"mitigations=off", "kvm_amd.nested=0", "lab.name=" + name,
+	}
+	files := []*os.File{port}
+	args := []string{
+		"qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=1024",
+		"-cpu", "max,+svm,+npt", "-smp", strconv.Itoa(cpus), "-m", strconv.FormatInt(memory>>20, 10),
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-kernel", cfg.Kernel.BzImage, "-initrd", image,
+		"-serial", "stdio", "-monitor", "none",
+		"-device", "virtio-rng-pci",
+		"-device", "virtio-serial-pci",
+		"-chardev", "socket,id=agent,fd=3",
+		"-device", "virtserialport,chardev=agent,name=vmm.lab.agent",
+	}
+	share := func(tag, dir, mode string) error {
+		dir, err := filepath.Abs(dir)
+		if err != nil {
+			return err
+		}
+		if info, err := os.Stat(dir); err != nil {
+			return fmt.Errorf("lab: shared directory: %w", err)
+		} else if !info.IsDir() {
+			return fmt.Errorf("lab: shared directory: %s is not a directory", dir)
+		}
+		fsdev := "local,id=" + tag + ",security_model=none,multidevs=remap,path=" + strings.ReplaceAll(dir, ",", ",,")
+		if mode == "ro" {
+			fsdev += ",readonly=on"
+		}
+		args = append(args, "-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev="+tag+",mount_tag="+tag)
+		params = append(params, "lab.share="+tag+":"+mode)
+		return nil
+	}
+	if cfg.Share != "" {
+		if err := share("work", cfg.Share, "rw"); err != nil {
+			return nil, nil, err
+		}
+	}
+	if cfg.HostRoot {
+		if err := share("outer", "/", "ro"); err != nil {
+			return nil, nil, err
+		}
+	}
+	for i, nic := range cfg.NICs {
+		files = append(files, nic.End)
+		id := "net" + strconv.Itoa(i)
+		args = append(args,
+			"-netdev", fmt.Sprintf("socket,id=%s,fd=%d", id, 3+len(files)-1),
+			"-device", fmt.Sprintf("virtio-net-pci,netdev=%s,romfile=,mac=%s", id, macOf(nic.Address)))
+		params = append(params, "lab.ip="+nic.Address)
+	}
+	if cfg.Cmdline != "" {
+		params = append(params, cfg.Cmdline)
+	}
+	args = append(args, "-append", strings.Join(params, " "))
+	return append(args, cfg.QEMU...), files, nil
+}
+
+// macOf makes a locally administered MAC address that differs where the IPv4
+// addresses do.
+func macOf(address string) string {
+	var ip [4]int
+	fmt.Sscanf(address, "%d.%d.%d.%d", &ip[0], &ip[1], &ip[2], &ip[3])
+	return fmt.Sprintf("52:54:%02x:%02x:%02x:%02x", ip[0]&255, ip[1]&255, ip[2]&255, ip[3]&255)
+}
+
+// Command returns a command to run in the host, after the pattern of
+// exec.CommandContext.
+func (h *Host) Command(ctx context.Context, name string, args ...string) *agent.Cmd {
+	return h.client.Command(ctx, name, args...)
+}
+
+// Done is closed when the host no longer takes commands.
+func (h *Host) Done() <-chan struct{} { return h.client.Done() }
+
+// Console returns what the host's kernel and its first process have printed;
+// of very much, the end.
+func (h *Host) Console() string { return string(h.console.tail.Bytes()) }
+
+var trouble = regexp.MustCompile(`(?m)^.*(?:Kernel panic - not syncing|BUG: |Oops: |general protection fault|kernel BUG at|Out of memory: ).*$`)
+
+// Trouble returns an error with the console's output if the host's kernel
+// reported a fault of its own.
+func (h *Host) Trouble() error {
+	console := h.Console()
+	if line := trouble.FindString(console); line != "" {
+		return fmt.Errorf("lab: the host's kernel reports: %s\n%s", strings.TrimSpace(line), h.post())
+	}
+	return nil
+}
+
+// post returns what a post-mortem needs.
+func (h *Host) post() string {
+	const most = 8 << 10
+	console := bytes.TrimSpace([]byte(strings.ReplaceAll(h.Console(), "\r", "")))
+	if len(console) > most {
+		console = append([]byte("[...]\n"), console[len(console)-most:]...)
+	}
+	text := fmt.Sprintf("--- console of the host ---\n%s\n---", console)
+	if err := h.qemu.failure(); err != nil {
+		text += "\n" + err.Error()
+	}
+	return text
+}
+
+// closeTime is how long a host may take to power itself off.
+const closeTime = 30 * time.Second
+
+// Close powers the host off and waits for its end. The error says whether its
+// kernel was in trouble.
+func (h *Host) Close() error {
+	h.client.PowerOff()
+	select {
+	case <-h.qemu.ended:
+	case <-time.After(closeTime):
+	}
+	h.kill()
+	return h.Trouble()
+}
+
+// Kill ends the host at once, as a power failure would.
+func (h *Host) Kill() { h.kill() }
+
+func (h *Host) kill() {
+	h.qemu.kill()
+	h.client.Close()
+}
+
+// PID returns the process id of the host's QEMU on the outer machine.
+func (h *Host) PID() int { return h.qemu.cmd.Process.Pid }
+
+// console is where the host's first serial port goes.
+type console struct {
+	tail agent.Tail
+	also io.Writer
+}
+
+func (c *console) Write(p []byte) (int, error) {
+	c.tail.Write(p)
+	if c.also != nil {
+		c.also.Write(p)
+	}
+	return len(p), nil
+}
+
+// process is a child that cannot outlive this one.
+type process struct {
+	cmd    *exec.Cmd
+	stderr agent.Tail
+	ended  chan struct{}
+	killed sync.Once
+	wanted bool  // it was killed from here
+	err    error // from Wait
+}
+
+func startProcess(args []string, files []*os.File, stdout io.Writer) (*process, error) {
+	p := &process{ended: make(chan struct{}), stderr: agent.Tail{Max: 16 << 10}}
+	p.cmd = exec.Command(args[0], args[1:]...)
+	p.cmd.Stdout, p.cmd.Stderr = stdout, &p.stderr
+	p.cmd.ExtraFiles = files
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig: syscall.SIGKILL,
+		Setpgid:   true, // a Ctrl-C on the terminal is for the lab, which then ends its hosts
+	}
+	started := make(chan error, 1)
+	go func() {
+		// The signal is sent when the *thread* that forked ends (prctl(2)), so
+		// that thread waits here for as long as the child lives.
+		runtime.LockOSThread()
+		err := p.cmd.Start()
+		started <- err
+		if err == nil {
+			p.err = p.cmd.Wait()
+			close(p.ended)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// kill ends the process, if it has not ended, and waits for its end.
+func (p *process) kill() {
+	p.killed.Do(func() {
+		select {
+		case <-p.ended:
+			return
+		default:
+		}
+		p.wanted = true
+		p.cmd.Process.Kill()
+	})
+	<-p.ended
+}
+
+// failure says how the process failed by itself, or that it is still there.
+func (p *process) failure() error {
+	select {
+	case <-p.ended:
+	default:
+		return nil
+	}
+	if p.wanted || p.err == nil && len(p.stderr.Bytes()) == 0 {
+		return nil
+	}
+	return errors.New(strings.TrimSpace(fmt.Sprintf("%s: %v: %s", p.cmd.Args[0], p.err, bytes.TrimSpace(p.stderr.Bytes()))))
+}
