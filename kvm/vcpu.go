@@ -26,8 +26,8 @@ type VCPU struct {
 	run           []byte         // struct kvm_run, shared with the kernel; see immediateExit
 	immediateExit *atomic.Uint32 // in run
 
-	tidMu sync.Mutex
-	tid   int // the bound OS thread, 0 if none
+	kickMu sync.Mutex   // held while tid is signalled, and to unbind it
+	tid    atomic.Int32 // the bound OS thread, 0 if none
 }
 
 // ID is the vCPU's number, which is its APIC id.
@@ -67,33 +67,34 @@ const (
 // none while an earlier one is pending.
 const kickSignal = unix.Signal(0x2a)
 
+// errNotBound keeps a vCPU out of KVM_RUN that no Kick could get out of it.
+var errNotBound = errors.New("the vCPU is bound to no thread")
+
 // Bind locks the calling goroutine to its OS thread and makes the thread the one
 // that Kick interrupts. Run is called between Bind and the call of unbind, from
 // the same goroutine.
 func (c *VCPU) Bind() (unbind func(), err error) {
 	runtime.LockOSThread()
+	if !c.tid.CompareAndSwap(0, int32(unix.Gettid())) {
+		runtime.UnlockOSThread()
+		return nil, fmt.Errorf("kvm: vcpu %d is bound to thread %d already", c.id, c.tid.Load())
+	}
 	// A process may be started with signals blocked, and Go's threads inherit that.
 	var set, old unix.Sigset_t
 	set.Val[(kickSignal-1)/64] |= 1 << ((kickSignal - 1) % 64)
 	err = unix.PthreadSigmask(unix.SIG_UNBLOCK, &set, &old)
-	if err != nil {
-		runtime.UnlockOSThread()
-		return nil, fmt.Errorf("kvm: unblock signal %d: %w", kickSignal, err)
-	}
-	c.tidMu.Lock()
-	defer c.tidMu.Unlock()
-	if c.tid != 0 {
-		runtime.UnlockOSThread()
-		return nil, fmt.Errorf("kvm: vCPU %d is bound to thread %d already", c.id, c.tid)
-	}
-	c.tid = unix.Gettid()
-	return func() {
-		c.tidMu.Lock() // a Kick that saw the thread has sent its signal when this is ours
-		c.tid = 0
-		c.tidMu.Unlock()
+	unbind = func() {
+		c.kickMu.Lock() // a Kick that has seen the thread has sent its signal when this is ours
+		c.tid.Store(0)
+		c.kickMu.Unlock()
 		unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
 		runtime.UnlockOSThread()
-	}, nil
+	}
+	if err != nil {
+		unbind()
+		return nil, fmt.Errorf("kvm: unblock signal %d: %w", kickSignal, err)
+	}
+	return unbind, nil
 }
 
 // Run enters the guest until something needs attention and says what. It
@@ -108,6 +109,9 @@ func (c *VCPU) Run() (ExitReason, error) {
 		return 0, failure("KVM_RUN", err)
 	}
 	defer c.release()
+	if c.tid.Load() == 0 {
+		return 0, with(failure("KVM_RUN", errNotBound), "vcpu %d", c.id)
+	}
 	err := hype.Run(c.cpu)
 	if err == nil {
 		return ExitReason(binary.LittleEndian.Uint32(c.run[runExitReason:])), nil
@@ -139,14 +143,15 @@ func (c *VCPU) Kick() error {
 	if c.immediateExit.Swap(immediateExitSet) != 0 {
 		return nil // an earlier kick is on its way, or has arrived and Run not yet returned
 	}
-	c.tidMu.Lock()
-	defer c.tidMu.Unlock()
-	if c.tid == 0 {
+	c.kickMu.Lock()
+	defer c.kickMu.Unlock()
+	tid := int(c.tid.Load())
+	if tid == 0 {
 		return nil
 	}
-	err := unix.Tgkill(os.Getpid(), c.tid, kickSignal)
+	err := unix.Tgkill(os.Getpid(), tid, kickSignal)
 	if err != nil {
-		return with(failure("tgkill", err), "vcpu %d thread %d signal %d", c.id, c.tid, kickSignal)
+		return with(failure("tgkill", err), "vcpu %d thread %d signal %d", c.id, tid, kickSignal)
 	}
 	return nil
 }

@@ -167,7 +167,7 @@ func (g *Guest) Run(want kvm.ExitReason) {
 			}
 		}
 		if got != want {
-			g.t.Fatalf("Run() = %v; want %v: %v", got, want, g.CPU.Explain(got, g.read))
+			g.t.Fatalf("Run() = %v; want %v: %v", got, want, g.CPU.Explain(got, g.Read))
 		}
 		return
 	}
@@ -181,7 +181,8 @@ func (g *Guest) rip() string {
 	return " (rip " + memory.GPA(regs.RIP).String() + ")"
 }
 
-func (g *Guest) read(gpa memory.GPA, p []byte) error {
+// Read copies guest memory, for VCPU.Explain.
+func (g *Guest) Read(gpa memory.GPA, p []byte) error {
 	if uint64(gpa) > RAMSize || len(p) > RAMSize-int(gpa) {
 		return os.ErrInvalid
 	}
