@@ -1,9 +1,11 @@
 package kvm
 
 import (
+	"errors"
 	"fmt"
 
 	hype "github.com/c35s/hype/kvm"
+	"golang.org/x/sys/unix"
 
 	"vmm/memory"
 )
@@ -135,10 +137,14 @@ func (vm *VM) IRQLine(gsi GSI, high bool) error {
 }
 
 // SignalMSI delivers an interrupt without a route (KVM api 4.70). It says whether
-// a vCPU took it; false means that the guest blocks it.
+// a vCPU took it; false means that the guest blocks it or that it addresses no
+// vCPU, as a guest may have it do.
 func (vm *VM) SignalMSI(m MSI) (delivered bool, err error) {
 	arg := msiMessage{AddressLo: uint32(m.Addr), AddressHi: uint32(m.Addr >> 32), Data: m.Data}
 	n, err := pass(&vm.handle, reqSignalMSI, &arg)
+	if errors.Is(err, unix.EPERM) { // the kernel's bare -1, when it has searched all vCPUs in vain
+		return false, nil
+	}
 	if err != nil {
 		return false, with(err, "%v", m)
 	}

@@ -182,8 +182,8 @@ func (c *VCPU) SetMPState(s MPState) error {
 	return with(write(c, reqSetMPState, &mpState{State: s}), "vcpu %d %v", c.id, s)
 }
 
-// maxMSRs is how many registers the kernel takes at a time (MAX_IO_MSRS).
-const maxMSRs = 256
+// maxMSRs is how many registers the kernel takes at a time: fewer than its MAX_IO_MSRS.
+const maxMSRs = 255
 
 // MSRs reads model-specific registers (KVM api 4.18). The first that cannot be
 // read is an *MSRError.
