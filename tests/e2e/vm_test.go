@@ -1,0 +1,234 @@
+// Package e2e runs vmm with stock kernels, on the host where it is started: a
+// real one with KVM, or one of the lab. scripts/guests builds the test binary,
+// puts kernels and the guest's image beside it and names that directory in
+// VMM_TEST_GUESTS.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"vmm/tests/guest"
+)
+
+// stage is the directory with vmm, the kernels and the guest's images.
+var stage = os.Getenv("VMM_TEST_GUESTS")
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if stage == "" {
+		fmt.Println("e2e: these tests boot guests; run them with make e2e")
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// bootTimeout is how long a guest may take to answer. In the lab everything
+// is emulated and shares two processors.
+const bootTimeout = 4 * time.Minute
+
+// image names a stock kernel in one of its two formats.
+type image struct{ flavour, format string }
+
+func (i image) String() string { return i.flavour + "/" + i.format }
+
+var cloud = image{"cloud", "bzImage"}
+
+// vm is a running vmm process with a guest in it.
+type vm struct {
+	t       *testing.T
+	cmd     *exec.Cmd
+	console *output // the guest's
+	stderr  *output
+	serial  string // socket of the guest's second UART
+	agent   *guest.Guest
+	exited  chan struct{}
+	status  int
+}
+
+// output gathers what a process writes and lets a test wait for a line.
+type output struct {
+	mu      sync.Mutex
+	buf     bytes.Buffer
+	changed chan struct{} // closed and replaced by each write
+}
+
+func newOutput() *output { return &output{changed: make(chan struct{})} }
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	close(o.changed)
+	o.changed = make(chan struct{})
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+// wait returns when f is true of the output, or with an error when done ends
+// before.
+func (o *output) wait(done <-chan struct{}, f func(string) bool) error {
+	for {
+		o.mu.Lock()
+		text, changed := o.buf.String(), o.changed
+		o.mu.Unlock()
+		if f(text) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-done:
+			if f(o.String()) {
+				return nil
+			}
+			return errors.New("it ended first")
+		}
+	}
+}
+
+// start runs vmm with args and does not wait for anything.
+func start(t *testing.T, args ...string) *vm {
+	t.Helper()
+	v := &vm{t: t, console: newOutput(), stderr: newOutput(), exited: make(chan struct{})}
+	v.cmd = exec.Command(filepath.Join(stage, "vmm"), args...)
+	v.cmd.Stdout, v.cmd.Stderr = v.console, v.stderr
+	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := v.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		v.cmd.Wait()
+		v.status = v.cmd.ProcessState.ExitCode()
+		close(v.exited)
+	}()
+	t.Cleanup(func() {
+		if v.agent != nil {
+			v.agent.Close()
+		}
+		v.cmd.Process.Kill()
+		<-v.exited
+		if t.Failed() {
+			t.Logf("vmm %s\nstderr:\n%s\nend of the guest's console:\n%s", strings.Join(args, " "), v.stderr, tail(v.console.String(), 60))
+		}
+	})
+	return v
+}
+
+// boot starts a guest of a stock kernel with the parameter work and more
+// flags of vmm run.
+func boot(t *testing.T, k image, work string, flags ...string) *vm {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "s")
+	args := append([]string{"run", "test",
+		"--kernel", filepath.Join(stage, k.flavour, k.format),
+		"--initrd", filepath.Join(stage, k.flavour, "initrd"),
+		"--cmdline", "console=ttyS0 quiet panic=-1 mitigations=off " + work,
+		"--serial", socket}, flags...)
+	v := start(t, args...)
+	v.serial = socket
+	return v
+}
+
+// connect waits for the guest's agent.
+func (v *vm) connect() {
+	v.t.Helper()
+	if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, "guest: init") }); err != nil {
+		v.t.Fatalf("the guest's first process did not run: %v", err)
+	}
+	conn, err := net.Dial("unix", v.serial)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(v.t.Context(), bootTimeout)
+	defer cancel()
+	if v.agent, err = guest.Dial(ctx, conn); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// sh runs a script in the guest, which must succeed.
+func (v *vm) sh(script string) string {
+	v.t.Helper()
+	out, err := v.agent.Must(v.context(), script)
+	if err != nil {
+		v.t.Fatalf("in the guest: %v", err)
+	}
+	return out
+}
+
+// try runs a script in the guest and returns its output and status.
+func (v *vm) try(script string) (string, int) {
+	v.t.Helper()
+	out, status, err := v.agent.Run(v.context(), script)
+	if err != nil {
+		v.t.Fatalf("in the guest: %s: %v", script, err)
+	}
+	return out, status
+}
+
+func (v *vm) context() context.Context {
+	ctx, cancel := context.WithTimeout(v.t.Context(), bootTimeout)
+	v.t.Cleanup(cancel)
+	return ctx
+}
+
+// wait returns vmm's exit status.
+func (v *vm) wait() int {
+	v.t.Helper()
+	timer := time.NewTimer(bootTimeout)
+	defer timer.Stop()
+	select {
+	case <-v.exited:
+	case <-timer.C:
+		v.t.Fatalf("vmm runs on after %v", bootTimeout)
+	}
+	return v.status
+}
+
+// poweroff powers the guest off from inside; vmm must end with 0.
+func (v *vm) poweroff() {
+	v.t.Helper()
+	// The answer may be lost with the guest.
+	go v.agent.Run(v.context(), "poweroff -f")
+	if status := v.wait(); status != 0 {
+		v.t.Errorf("vmm's exit status after poweroff = %d; want 0", status)
+	}
+}
+
+// local runs a script on the host.
+func local(t *testing.T, script string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "sh", "-c", script).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	return strings.TrimRight(string(out), " \t\r\n")
+}
+
+func tail(s string, lines int) string {
+	all := strings.Split(strings.TrimRight(s, "\n"), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// tryLocal runs a script on the host that may fail.
+func tryLocal(t *testing.T, script string) (string, error) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "sh", "-c", script).CombinedOutput()
+	return string(out), err
+}
