@@ -1,0 +1,277 @@
+// Package disk is the software disk: a regular file as a SCSI direct-access
+// block device.
+//
+// The files: commands.go has the one table that dispatches, checks and reports
+// every command; inquiry.go, mode.go and media.go carry them out; queue.go
+// runs them on worker goroutines; ranges.go keeps COMPARE AND WRITE atomic;
+// flush.go empties the cache; file_unsafe.go is the door to the file;
+// identity.go gives the disk a name.
+//
+// Caching: data goes through the host's page cache, which is the disk's
+// volatile write cache. SYNCHRONIZE CACHE, FUA and WCE=0 reach the medium.
+//
+// Identity: a disk keeps its serial number and its NAA designator wherever its
+// file goes. See identity.
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"vmm/scsi"
+)
+
+// ErrInUse says that another process, or another LUN of this one, has the
+// image open.
+var ErrInUse = errors.New("image is in use")
+
+// Options are how to open an image.
+type Options struct {
+	ReadOnly  bool   // refuse every command that changes the medium; several readers may share the image
+	BlockSize uint32 // bytes in a logical block, 512 or 4096; 0 is 512
+}
+
+// LUN is an open image. It implements scsi.LUN.
+type LUN struct {
+	path       string
+	file       file
+	uuid       uuid
+	readOnly   bool
+	thin       bool   // the file system can deallocate blocks
+	blockSize  uint32 // bytes
+	blockShift uint8  // blockSize == 1 << blockShift
+
+	blocks    atomic.Uint64 // capacity in logical blocks
+	wce       atomic.Bool   // WRITE CACHE ENABLE of the caching mode page
+	stopped   atomic.Bool   // by START STOP UNIT
+	attention atomic.Uint32 // pending unit attentions, a bit each
+	flusher   flusher
+	ranges    ranges
+	tasks     queue
+}
+
+var _ scsi.LUN = (*LUN)(nil)
+
+// Open opens the image at path, a regular file whose size is a multiple of the
+// block size, and locks it against a second writer. The lock (flock(2),
+// exclusive, or shared for a read-only disk) ends with Close or the process.
+func Open(path string, o Options) (*LUN, error) {
+	if o.BlockSize == 0 {
+		o.BlockSize = 512
+	}
+	if o.BlockSize != 512 && o.BlockSize != 4096 {
+		return nil, fmt.Errorf("disk: %s: block size %d: it is 512 or 4096", path, o.BlockSize)
+	}
+	// Symbolic links are followed once, here, so that what is kept beside the
+	// image is found by whatever name it is opened.
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, openError(path, err)
+	}
+	// The type is looked at before the open, which may itself do something to
+	// a device, and wait for ever on a pipe.
+	if fi, err := os.Stat(real); err != nil {
+		return nil, openError(path, err)
+	} else if !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("disk: %s is a %s, not a regular file; give the image file of a disk", path, kind(fi.Mode()))
+	}
+	mode, lock := unix.O_RDWR, unix.LOCK_EX
+	if o.ReadOnly {
+		mode, lock = unix.O_RDONLY, unix.LOCK_SH
+	}
+	fd, err := unix.Open(real, mode|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, openError(path, err)
+	}
+	l, err := open(path, real, fd, lock, o)
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return l, nil
+}
+
+// open does the part of Open that needs fd closed when it fails.
+func open(path, real string, fd, lock int, o Options) (*LUN, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("disk: fstat %s: %w", path, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("disk: %s is not a regular file", path)
+	}
+	if err := flock(fd, lock|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+		return nil, fmt.Errorf("disk: %s: %w by %s; stop it first, or open the image read-only on both sides", path, ErrInUse, holder(&st))
+	} else if err != nil {
+		return nil, fmt.Errorf("disk: flock %s: %w", path, err)
+	}
+	if st.Size == 0 {
+		return nil, fmt.Errorf(`disk: %s is empty; give it a size with "truncate -s 8G %s"`, path, path)
+	}
+	if st.Size%int64(o.BlockSize) != 0 {
+		return nil, fmt.Errorf(`disk: %s: %d bytes are no multiple of the block size %d; round up with "truncate -s %%%d %s"`,
+			path, st.Size, o.BlockSize, o.BlockSize, path)
+	}
+	id, err := identity(fd, real, &st, o.ReadOnly)
+	if err != nil {
+		return nil, fmt.Errorf("disk: %s: %w", path, err)
+	}
+	return newLUN(path, osFile(fd), uint64(st.Size), id, o), nil
+}
+
+// newLUN makes a disk of size bytes, a multiple of o.BlockSize, on f.
+func newLUN(path string, f file, size uint64, id uuid, o Options) *LUN {
+	l := &LUN{path: path, file: f, uuid: id, readOnly: o.ReadOnly, blockSize: o.BlockSize, blockShift: 9}
+	if o.BlockSize == 4096 {
+		l.blockShift = 12
+	}
+	// A hole punched behind the end changes nothing and tells whether holes
+	// can be punched at all.
+	l.thin = !o.ReadOnly && f.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(size), int64(o.BlockSize)) == nil
+	l.blocks.Store(size >> l.blockShift)
+	l.wce.Store(true)
+	l.attention.Store(attentionPowerOn)
+	l.flusher.init(f.sync)
+	l.ranges.init()
+	l.tasks.init(l.execute)
+	return l
+}
+
+// kind is what a user calls a file that is not regular.
+func kind(m fs.FileMode) string {
+	switch {
+	case m.IsDir():
+		return "directory"
+	case m&fs.ModeCharDevice != 0:
+		return "character device"
+	case m&fs.ModeDevice != 0:
+		return "block device"
+	case m&fs.ModeNamedPipe != 0:
+		return "named pipe"
+	case m&fs.ModeSocket != 0:
+		return "socket"
+	}
+	return "special file"
+}
+
+func openError(path string, err error) error {
+	var errno unix.Errno
+	if !errors.As(err, &errno) {
+		return fmt.Errorf("disk: open %s: %w", path, err)
+	}
+	switch errno {
+	case unix.ENOENT:
+		return fmt.Errorf(`disk: open %s: %w; make an image with "truncate -s 8G %s"`, path, errno, path)
+	case unix.EACCES, unix.EPERM, unix.EROFS:
+		return fmt.Errorf("disk: open %s: %w; let this user read and write it, or open it read-only", path, errno)
+	}
+	return fmt.Errorf("disk: open %s: %w", path, errno)
+}
+
+// Serial is the disk's unit serial number as VPD page 80h shows it.
+func (l *LUN) Serial() string { return l.uuid.hex() }
+
+// Limits is what one command may carry.
+func (l *LUN) Limits() scsi.Limits {
+	return scsi.Limits{MaxTransfer: maxTransfer, MaxSegments: maxIovecs}
+}
+
+// Submit starts c. A command that needs no file is done before it returns.
+func (l *LUN) Submit(c *scsi.Command) {
+	if len(c.CDB) > 0 && (c.Attr == scsi.Simple || c.Attr == scsi.HeadOfQueue) {
+		if cmd := l.lookup(c.CDB); cmd == nil || cmd.flags&immediate != 0 {
+			l.execute(nil, c)
+			return
+		}
+	}
+	l.tasks.submit(c)
+}
+
+// Rescan looks at the file's size again and says whether the capacity changed;
+// if so, the guest's next command learns it from a unit attention.
+func (l *LUN) Rescan() (changed bool, err error) {
+	size, err := l.file.size()
+	if err != nil {
+		return false, fmt.Errorf("disk: fstat %s: %w", l.path, err)
+	}
+	if size == 0 || size%int64(l.blockSize) != 0 {
+		return false, fmt.Errorf("disk: %s: new size of %d bytes is no multiple of the block size %d; the disk keeps its %d blocks",
+			l.path, size, l.blockSize, l.blocks.Load())
+	}
+	blocks := uint64(size) >> l.blockShift
+	if l.blocks.Swap(blocks) == blocks {
+		return false, nil
+	}
+	l.raise(attentionCapacity)
+	return true, nil
+}
+
+// Reset is a LOGICAL UNIT RESET (SAM-5 6.3.3): commands not yet started come
+// back with scsi.ResetOccurred, and those that are running, which nothing can
+// stop, are waited for, so that none changes the medium after the reset. Mode
+// parameters return to their defaults, and the next command meets a unit
+// attention.
+func (l *LUN) Reset() error {
+	return l.tasks.drain(func() {
+		l.wce.Store(true)
+		l.stopped.Store(false)
+		l.raise(attentionReset)
+	})
+}
+
+// Close waits for every command in flight, brings the data to the medium and
+// releases the image. A second Close does nothing.
+func (l *LUN) Close() error {
+	if !l.tasks.close() {
+		return nil
+	}
+	var errs []error
+	if !l.readOnly {
+		if err := l.flusher.flushAll(); err != nil {
+			errs = append(errs, fmt.Errorf("disk: fdatasync %s: %w; the image may lack the last writes", l.path, err))
+		}
+	}
+	if err := l.file.close(); err != nil {
+		errs = append(errs, fmt.Errorf("disk: close %s: %w", l.path, err))
+	}
+	return errors.Join(errs...)
+}
+
+// Pending unit attentions. One is reported at a time, the lowest bit first;
+// an earlier one of the two reset conditions covers a later one, as their
+// additional sense codes say the same to a host (SAM-5 5.14).
+const (
+	attentionPowerOn = 1 << iota
+	attentionReset
+	attentionCapacity
+)
+
+func (l *LUN) raise(bit uint32) { l.attention.Or(bit) }
+
+// takeAttention takes the most important pending unit attention. Of several
+// commands that ask at once, one gets it.
+func (l *LUN) takeAttention() (scsi.Sense, bool) {
+	for {
+		pending := l.attention.Load()
+		rest, sense := pending, scsi.Sense{}
+		switch {
+		case pending == 0:
+			return sense, false
+		case pending&attentionPowerOn != 0:
+			rest, sense = pending&^(attentionPowerOn|attentionReset), scsi.PowerOnOccurred
+		case pending&attentionReset != 0:
+			rest, sense = pending&^attentionReset, deviceReset
+		default:
+			rest, sense = pending&^attentionCapacity, scsi.CapacityChanged
+		}
+		if l.attention.CompareAndSwap(pending, rest) {
+			return sense, true
+		}
+	}
+}
