@@ -1,0 +1,72 @@
+// Command vmm runs virtual machines. Each subcommand has a file of its own.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// Exit statuses.
+const (
+	exitDone   = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// usageError is a mistake in the command line.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// errSilent ends a command with status 1 when it has said why already.
+var errSilent = errors.New("failed")
+
+// run is the whole program but for the process: it returns the exit status.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	parsed := false // from here on an error is none of usage, unless it says so
+	root := &cobra.Command{
+		Use:           "vmm",
+		Short:         "A KVM virtual-machine monitor with real SCSI LUNs",
+		Long:          "vmm boots stock Linux guests under KVM and gives them real SCSI logical units through virtio-scsi.",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRun: func(*cobra.Command, []string) {
+			parsed = true
+		},
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
+	}
+	root.AddCommand(newRunCommand(), newDoctorCommand(), newVersionCommand())
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+
+	err := root.ExecuteContext(ctx)
+	var usage usageError
+	switch {
+	case err == nil:
+		return exitDone
+	case errors.Is(err, errSilent):
+		return exitFailed
+	case !parsed || errors.As(err, &usage):
+		fmt.Fprintf(stderr, "vmm: %s (see vmm --help)\n", oneLine(err))
+		return exitUsage
+	}
+	fmt.Fprintf(stderr, "vmm: %s\n", oneLine(err))
+	return exitFailed
+}
+
+// oneLine is an error's text on one line, whatever a library put into it.
+func oneLine(err error) string {
+	return strings.Join(strings.Fields(err.Error()), " ")
+}

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"strconv"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"vmm": func() {
+			os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+		},
+	})
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:  "testdata/script",
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status},
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("XDG_RUNTIME_DIR", e.WorkDir)
+			return nil
+		},
+	})
+}
+
+func TestEscapes(t *testing.T) {
+	for _, test := range []struct {
+		typed []string // one string per read
+		guest string
+		quit  bool
+	}{
+		{[]string{"hello\r"}, "hello\r", false},
+		{[]string{"a\x1dq"}, "a", true},
+		{[]string{"a\x1d", "q"}, "a", true},
+		{[]string{"\x1d\x1d"}, "\x1d", false},
+		{[]string{"\x1d\x1dq"}, "\x1dq", false},
+		{[]string{"\x1dx"}, "\x1dx", false},
+		{[]string{"\x1d", "\x1d", "\x1d", "q"}, "\x1d", true},
+		{[]string{"q"}, "q", false},
+	} {
+		var e escapes
+		var guest string
+		quit := false
+		for _, s := range test.typed {
+			p, q := e.filter([]byte(s))
+			guest += string(p)
+			quit = quit || q
+		}
+		if guest != test.guest || quit != test.quit {
+			t.Errorf("typed %q: guest gets %q, quit %v; want %q, %v", test.typed, guest, quit, test.guest, test.quit)
+		}
+	}
+}
+
+// status runs a command and compares its exit status with the first argument;
+// "! cmd" alone does not tell 1 from 2.
+func status(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: status N COMMAND...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	got := "0"
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		got = strconv.Itoa(exit.ExitCode())
+	} else if err != nil {
+		ts.Fatalf("%s: %v", args[1], err)
+	}
+	if got != args[0] {
+		ts.Fatalf("exit status %s; want %s", got, args[0])
+	}
+}

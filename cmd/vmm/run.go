@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"vmm/machine"
+)
+
+type runFlags struct {
+	kernel, initrd, cmdline string
+	cpus                    int
+	memory, cpu             string
+	luns                    []string
+	serial                  string
+	noReboot                bool
+	stopTimeout             time.Duration
+}
+
+func newRunCommand() *cobra.Command {
+	var f runFlags
+	c := &cobra.Command{
+		Use:   "run NAME --kernel FILE [flags]",
+		Short: "Boot a guest and stay with it in the foreground",
+		Long: `Boots a guest and stays in the foreground: the guest's console is written to
+standard output, everything else to standard error. The exit status is 0 when
+the guest powers off, 1 when it fails (a kernel panic, a triple fault, an
+instruction KVM cannot run), 2 for a mistake in the command line.
+
+On a terminal, Ctrl-] q quits at once and Ctrl-] Ctrl-] types one Ctrl-].
+SIGTERM, and SIGINT without a terminal, presses the guest's power button and
+ends the guest by force after --stop-timeout; a second one does so at once.
+
+A LUN is [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe].
+PATH decides what it is: a /dev/sgN or a SCSI block device is passed through, a
+regular file is a software disk. The n-th --lun is target n-1, LUN 0, unless
+target= says otherwise.`,
+		Example: `  vmm run web1 --kernel vmlinuz --initrd initrd.img --cmdline "console=ttyS0 root=/dev/sda1" \
+          --cpus 2 --memory 1G --lun id=data,path=/dev/sg2 --lun id=root,path=root.img`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usageError{fmt.Errorf("run wants one name for the guest, as in: vmm run web1 --kernel vmlinuz")}
+			}
+			return validName(args[0])
+		},
+		RunE: func(c *cobra.Command, args []string) error { return f.run(c, args[0]) },
+	}
+	fs := c.Flags()
+	fs.StringVar(&f.kernel, "kernel", "", "bzImage, or ELF kernel with a PVH note")
+	fs.StringVar(&f.initrd, "initrd", "", "initial RAM disk")
+	fs.StringVar(&f.cmdline, "cmdline", "console=ttyS0", "kernel command line")
+	fs.IntVar(&f.cpus, "cpus", 1, fmt.Sprintf("vCPUs, 1 to %d", machine.MaxCPUs))
+	fs.StringVar(&f.memory, "memory", "512M", "guest memory")
+	fs.StringVar(&f.cpu, "cpu", string(machine.CPUHost), "CPU model: host, x86-64-v2 or x86-64-v3")
+	fs.StringArrayVar(&f.luns, "lun", nil, "a SCSI LUN (repeatable); see above")
+	fs.StringVar(&f.serial, "serial", "", "unix socket, made here, that is the guest's second serial port (ttyS1)")
+	fs.BoolVar(&f.noReboot, "no-reboot", false, "end with status 0 where the guest asks for a reset")
+	fs.DurationVar(&f.stopTimeout, "stop-timeout", 30*time.Second, "time between the power button and force")
+	return c
+}
+
+// validName keeps names fit for a file name and a command line.
+func validName(name string) error {
+	ok := name != "" && len(name) <= 64 && !strings.ContainsFunc(name, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
+	}) && name[0] != '.' && name[0] != '-'
+	if !ok {
+		return usageError{fmt.Errorf("guest name %q: give 1 to 64 letters, digits, '-', '_' or '.', not starting with '-' or '.'", name)}
+	}
+	return nil
+}
+
+func (f *runFlags) config(name string) (machine.Config, error) {
+	bad := func(flag string, err error) (machine.Config, error) {
+		return machine.Config{}, usageError{fmt.Errorf("--%s: %w", flag, err)}
+	}
+	cfg := machine.Config{
+		Name:     name,
+		CPUs:     f.cpus,
+		Kernel:   f.kernel,
+		Initrd:   f.initrd,
+		Cmdline:  f.cmdline,
+		NoReboot: f.noReboot,
+	}
+	var err error
+	if f.kernel == "" {
+		return bad("kernel", errors.New("give a bzImage or an ELF kernel"))
+	}
+	if f.cpus < 1 || f.cpus > machine.MaxCPUs {
+		return bad("cpus", fmt.Errorf("%d: give 1 to %d", f.cpus, machine.MaxCPUs))
+	}
+	if cfg.Memory, err = machine.ParseSize(f.memory); err != nil {
+		return bad("memory", err)
+	}
+	if cfg.CPU, err = machine.ParseCPUModel(f.cpu); err != nil {
+		return bad("cpu", err)
+	}
+	if f.stopTimeout < 0 {
+		return bad("stop-timeout", fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout))
+	}
+	for _, s := range f.luns {
+		l, err := machine.ParseLUN(s)
+		if err != nil {
+			return bad("lun", err)
+		}
+		cfg.LUNs = append(cfg.LUNs, l)
+	}
+	if cfg.RunDir, err = runDir(); err != nil {
+		return machine.Config{}, err
+	}
+	return cfg, nil
+}
+
+func (f *runFlags) run(c *cobra.Command, name string) (err error) {
+	cfg, err := f.config(name)
+	if err != nil {
+		return err
+	}
+	stderr := c.ErrOrStderr()
+	cfg.Console = c.OutOrStdout()
+	cfg.Warn = func(line string) { fmt.Fprintf(stderr, "vmm: %s\r\n", line) }
+	if f.serial != "" {
+		port, err := listenSerial(f.serial)
+		if err != nil {
+			return err
+		}
+		cfg.Serial = port
+	}
+	m, err := machine.New(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+
+	ctx, force := context.WithCancel(c.Context())
+	defer force()
+	restore, err := attachConsole(c.InOrStdin(), m.ConsoleInput, force)
+	if err != nil {
+		return fmt.Errorf("terminal: %w", err)
+	}
+	defer restore()
+
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	ended := make(chan struct{})
+	defer close(ended)
+	go stopOnSignal(signals, ended, f.stopTimeout, m.PowerButton, force, cfg.Warn)
+
+	err = m.Run(ctx)
+	if errors.Is(err, context.Canceled) && c.Context().Err() == nil {
+		err = nil // the user forced it
+	}
+	return err
+}
+
+// stopOnSignal presses the power button on the first signal, and forces after
+// timeout or on the second one.
+func stopOnSignal(signals <-chan os.Signal, ended <-chan struct{}, timeout time.Duration, button, force func(), warn func(string)) {
+	select {
+	case <-signals:
+	case <-ended:
+		return
+	}
+	button()
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		warn(fmt.Sprintf("the guest did not power off within %v: ended by force", timeout))
+	case <-signals:
+	case <-ended:
+		return
+	}
+	force()
+}
+
+// runDir is where locks and sockets of running VMs live. It is made if it is
+// not there.
+func runDir() (string, error) {
+	base := os.Getenv("XDG_RUNTIME_DIR")
+	if os.Geteuid() == 0 {
+		base = "/run"
+	} else if base == "" {
+		return "", errors.New("XDG_RUNTIME_DIR is not set: log in as this user, or set it to a directory that only this user can write to")
+	}
+	dir := filepath.Join(base, "vmm")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("directory for locks and sockets: %w", err)
+	}
+	return dir, nil
+}

@@ -1,0 +1,205 @@
+package machine
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"vmm/memory"
+)
+
+const (
+	// MaxCPUs is the largest number of vCPUs.
+	MaxCPUs = 8
+	// MaxTargets is the number of SCSI targets that the controller addresses:
+	// one byte of the flat address (virtio 1.3, 5.6.6.1).
+	MaxTargets = 256
+)
+
+// Config describes a machine. New checks it.
+type Config struct {
+	Name    string
+	CPUs    int
+	Memory  uint64 // bytes
+	CPU     CPUModel
+	Kernel  string // path of a bzImage or an ELF kernel with a PVH note
+	Initrd  string // path; empty for none
+	Cmdline string
+	LUNs    []LUNConfig
+
+	// NoReboot ends the machine where the guest asks for a reset.
+	NoReboot bool
+
+	// Console takes what the guest writes to its first serial port. A slow
+	// one slows the guest's output, never its vCPUs.
+	Console io.Writer
+	// Serial is the second serial port, nil for nobody there. The machine
+	// closes it.
+	Serial io.ReadWriteCloser
+	// RunDir holds the locks of LUNs in use, shared by all machines of this
+	// user.
+	RunDir string
+	// Warn is told, in one line, what the user should know while the guest
+	// runs.
+	Warn func(string)
+}
+
+// LUNConfig describes one logical unit of the guest.
+type LUNConfig struct {
+	ID       string        // the name the user gives it; default: lunN, N being the target
+	Path     string        // /dev/sgN or a SCSI block device: passed through; a regular file: software disk
+	Target   int           // the guest's address, LUN 0 of this target; -1: the position in the list
+	Timeout  time.Duration // of one passed-through command
+	ReadOnly bool
+	Unsafe   bool // let commands pass that can brick the device for others
+}
+
+// DefaultTimeout is the time one passed-through command may take.
+const DefaultTimeout = 30 * time.Second
+
+// ParseLUN reads [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe].
+// In values a comma is written twice.
+func ParseLUN(s string) (LUNConfig, error) {
+	l := LUNConfig{Target: -1, Timeout: DefaultTimeout}
+	fail := func(format string, args ...any) (LUNConfig, error) {
+		return LUNConfig{}, fmt.Errorf("LUN %q: %s", s, fmt.Sprintf(format, args...))
+	}
+	seen := map[string]bool{}
+	for _, field := range splitFields(s) {
+		key, value, hasValue := strings.Cut(field, "=")
+		if seen[key] {
+			return fail("%s is given twice", key)
+		}
+		seen[key] = true
+		if wants := key != "readonly"; wants && (!hasValue || value == "") {
+			if !hasValue && !knownLUNKey(key) {
+				return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe]", key)
+			}
+			return fail("%s needs a value, as in %s=...", key, key)
+		} else if !wants && hasValue {
+			return fail("%s takes no value", key)
+		}
+		switch key {
+		case "id":
+			l.ID = value
+		case "path":
+			l.Path = value
+		case "readonly":
+			l.ReadOnly = true
+		case "target":
+			n, err := strconv.Atoi(value)
+			if err != nil || n < 0 || n >= MaxTargets {
+				return fail("target %s: give a number from 0 to %d", value, MaxTargets-1)
+			}
+			l.Target = n
+		case "timeout":
+			d, err := time.ParseDuration(value)
+			if err != nil || d < time.Second || d > 24*time.Hour {
+				return fail("timeout %s: give a time from 1s to 24h", value)
+			}
+			l.Timeout = d
+		case "allow":
+			if value != "unsafe" {
+				return fail("allow=%s: only allow=unsafe is known", value)
+			}
+			l.Unsafe = true
+		default:
+			return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe]", key)
+		}
+	}
+	if l.Path == "" {
+		return fail("path=PATH is missing")
+	}
+	return l, nil
+}
+
+func knownLUNKey(key string) bool {
+	switch key {
+	case "id", "path", "target", "timeout", "allow":
+		return true
+	}
+	return false
+}
+
+// splitFields splits at single commas; a double comma is a comma.
+func splitFields(s string) []string {
+	const comma = "\x00"
+	fields := strings.Split(strings.ReplaceAll(s, ",,", comma), ",")
+	for i := range fields {
+		fields[i] = strings.ReplaceAll(fields[i], comma, ",")
+	}
+	return fields
+}
+
+// ParseSize reads a number of bytes with an optional suffix K, M, G or T
+// (powers of 1024).
+func ParseSize(s string) (uint64, error) {
+	digits, shift := s, 0
+	if n := len(s); n > 0 {
+		if i := strings.IndexByte("KMGT", s[n-1]&^0x20); i >= 0 {
+			digits, shift = s[:n-1], 10*(i+1)
+		}
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil || n > ^uint64(0)>>shift {
+		return 0, fmt.Errorf("size %q: give a number with an optional K, M, G or T, as in 512M", s)
+	}
+	return n << shift, nil
+}
+
+// normalize fills in defaults and refuses what cannot be built.
+func (c *Config) normalize() error {
+	if c.CPUs < 1 || c.CPUs > MaxCPUs {
+		return fmt.Errorf("%d vCPUs: give 1 to %d", c.CPUs, MaxCPUs)
+	}
+	if c.Kernel == "" {
+		return fmt.Errorf("no kernel: give the path of a bzImage or an ELF kernel")
+	}
+	if c.Memory%memory.PageSize != 0 {
+		return fmt.Errorf("memory of %d bytes is no multiple of the page size %d", c.Memory, memory.PageSize)
+	}
+	if c.Memory < minMemory {
+		return fmt.Errorf("memory of %d MiB is too little: give at least %d MiB", c.Memory>>20, minMemory>>20)
+	}
+	model, err := ParseCPUModel(string(c.CPU))
+	if err != nil {
+		return err
+	}
+	c.CPU = model
+	if c.Warn == nil {
+		c.Warn = func(string) {}
+	}
+	if c.Console == nil {
+		c.Console = io.Discard
+	}
+	targets, ids := map[int]string{}, map[string]bool{}
+	for i := range c.LUNs {
+		l := &c.LUNs[i]
+		if l.Target < 0 {
+			l.Target = i
+		}
+		if l.Target >= MaxTargets {
+			return fmt.Errorf("LUN %s: target %d: the controller has targets 0 to %d", l.Path, l.Target, MaxTargets-1)
+		}
+		if l.ID == "" {
+			l.ID = fmt.Sprintf("lun%d", l.Target)
+		}
+		if other, taken := targets[l.Target]; taken {
+			return fmt.Errorf("LUNs %s and %s have the same target %d: give one another target=", other, l.ID, l.Target)
+		}
+		if ids[l.ID] {
+			return fmt.Errorf("two LUNs have the id %s: give one another id=", l.ID)
+		}
+		targets[l.Target], ids[l.ID] = l.ID, true
+		if l.Timeout == 0 {
+			l.Timeout = DefaultTimeout
+		}
+	}
+	return nil
+}
+
+// minMemory is what the smallest guest needs: the low tables and a kernel of a
+// few pages. Stock kernels want more and say so themselves.
+const minMemory = 2 << 20

@@ -1,0 +1,87 @@
+package machine
+
+import (
+	"fmt"
+	"os"
+
+	"vmm/scsi"
+	"vmm/scsi/disk"
+	"vmm/scsi/sg"
+	"vmm/virtio"
+)
+
+// openLUNs opens every LUN of the configuration: what its path names decides
+// which kind it is.
+func (m *Machine) openLUNs() error {
+	for i := range m.cfg.LUNs {
+		l := &m.cfg.LUNs[i]
+		lun, err := m.openLUN(l)
+		if err != nil {
+			return err
+		}
+		m.onClose(lun.Close)
+		m.luns = append(m.luns, lun)
+	}
+	return nil
+}
+
+func (m *Machine) openLUN(l *LUNConfig) (scsi.LUN, error) {
+	info, err := os.Stat(l.Path)
+	if err != nil {
+		return nil, fmt.Errorf("LUN %s: %w", l.Path, cause(err))
+	}
+	var lun scsi.LUN
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+		lun, err = disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly})
+	case mode&os.ModeDevice != 0:
+		lun, err = sg.Open(l.Path, sg.Options{VM: m.cfg.Name, RunDir: m.cfg.RunDir, Timeout: l.Timeout})
+	default:
+		return nil, fmt.Errorf("LUN %s: neither a device nor a regular file: give a /dev/sgN, a SCSI block device or a disk image", l.Path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &scsi.Guard{LUN: lun, ReadOnly: l.ReadOnly, AllowUnsafe: l.Unsafe}, nil
+}
+
+// limits is what a command to any of the LUNs may carry.
+func limits(luns []scsi.LUN) scsi.Limits {
+	var least scsi.Limits
+	narrow := func(a, b uint32) uint32 {
+		if a == 0 || b == 0 {
+			return max(a, b)
+		}
+		return min(a, b)
+	}
+	for _, l := range luns {
+		own := l.Limits()
+		least.MaxTransfer = narrow(least.MaxTransfer, own.MaxTransfer)
+		least.MaxSegments = narrow(least.MaxSegments, own.MaxSegments)
+	}
+	return least
+}
+
+// makeVirtio puts the virtio devices on the bus.
+func (m *Machine) makeVirtio() error {
+	m.scsi = virtio.NewSCSI(virtio.SCSIConfig{Queues: m.cfg.CPUs, Limits: limits(m.luns)})
+	for i, lun := range m.luns {
+		if err := m.scsi.Attach(uint8(m.cfg.LUNs[i].Target), lun); err != nil {
+			return err
+		}
+	}
+	for i, d := range []struct {
+		name   string
+		device virtio.Device
+	}{{"virtio-scsi", m.scsi}, {"virtio-rng", virtio.NewRNG()}} {
+		t, err := virtio.NewPCI(d.device, virtio.PCIConfig{RAM: m.ram, Name: d.name, Log: func(err error) { m.cfg.Warn(err.Error()) }})
+		if err != nil {
+			return err
+		}
+		m.virtio = append(m.virtio, t)
+		if err := m.pci.Add(i+1, t.Function()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
