@@ -60,7 +60,6 @@ type LUN struct {
 	waiting  []*worker // those whose command the kernel had no room for
 	inFlight int       // commands submitted and not done
 	spawning bool      // a worker is being made
-	maxed    bool      // making one failed: those there are must do
 	closing  bool
 	quiet    *sync.Cond // inFlight reached zero, or spawning ended
 	exited   sync.WaitGroup
@@ -78,30 +77,45 @@ type worker struct {
 // command is accepted.
 func (l *LUN) start() error {
 	l.quiet = sync.NewCond(&l.mu)
-	w, err := l.newWorker(0)
+	return l.spawn(true)
+}
+
+// spawn makes one more worker, which begins idle or by looking for work. Only
+// one goroutine at a time does.
+func (l *LUN) spawn(idle bool) error {
+	wake, err := sys.NewEventFD()
 	if err != nil {
 		return err
 	}
-	l.workers = append(l.workers, w)
-	l.idle = append(l.idle, w)
-	l.exited.Add(1)
-	go w.run(true)
-	return nil
-}
-
-func (l *LUN) newWorker(i int) (*worker, error) {
-	wake, err := sys.NewEventFD()
-	if err != nil {
-		return nil, err
-	}
-	p, err := l.newPath()
-	if err != nil {
-		wake.Close()
-		return nil, err
-	}
-	w := &worker{lun: l, path: p, slot: l.slots.at(i), wake: wake}
+	w := &worker{lun: l, slot: l.slots.at(len(l.workers)), wake: wake}
 	w.slot.prepare()
-	return w, nil
+	l.exited.Add(1)
+	ready := make(chan error)
+	go func() {
+		defer l.exited.Done()
+		defer wake.Close()
+		runtime.LockOSThread() // ends with the goroutine, and the thread with it
+		// The path is opened by the thread that uses it: an sg node refuses
+		// reads and writes under other credentials than those it was opened
+		// with, and where they changed since the process began, every thread
+		// has its own.
+		p, err := l.newPath()
+		if err == nil {
+			defer p.close()
+			w.path = p
+			l.mu.Lock()
+			l.workers = append(l.workers, w)
+			if idle {
+				l.idle = append(l.idle, w)
+			}
+			l.mu.Unlock()
+		}
+		ready <- err
+		if err == nil {
+			w.run(idle)
+		}
+	}()
+	return <-ready
 }
 
 // Submit implements scsi.LUN.
@@ -127,7 +141,7 @@ func (l *LUN) Submit(c *scsi.Command) {
 		w.wake.Signal()
 		return
 	}
-	grow := len(l.workers) < maxWorkers && !l.spawning && !l.maxed
+	grow := len(l.workers) < maxWorkers && !l.spawning
 	l.spawning = l.spawning || grow
 	l.mu.Unlock()
 	if grow {
@@ -138,18 +152,11 @@ func (l *LUN) Submit(c *scsi.Command) {
 // grow adds workers while commands wait that nobody is about to take.
 func (l *LUN) grow() {
 	for {
-		w, err := l.newWorker(len(l.workers)) // only this goroutine appends
+		err := l.spawn(false)
 		l.mu.Lock()
-		if err != nil {
-			// Out of descriptors or memory. Slower, not broken: there is one
-			// worker at least.
-			l.maxed = true
-		} else {
-			l.workers = append(l.workers, w)
-			l.exited.Add(1)
-			go w.run(false)
-		}
-		if l.maxed || len(l.workers) == maxWorkers || len(l.idle) > 0 || l.backlog.len() <= 1 {
+		// Out of descriptors or memory is slower, not broken: there is one
+		// worker at least, and the next command tries again.
+		if err != nil || len(l.workers) == maxWorkers || l.backlog.len() == 0 {
 			l.spawning = false
 			l.quiet.Broadcast()
 			l.mu.Unlock()
@@ -161,9 +168,7 @@ func (l *LUN) grow() {
 
 // run is a worker's life. It begins idle if it is on the list already.
 func (w *worker) run(idle bool) {
-	runtime.LockOSThread() // ends with the goroutine, and the thread with it
 	l := w.lun
-	defer l.exited.Done()
 	for {
 		if idle {
 			w.wake.Wait() // whoever signals has taken it off the list
@@ -196,8 +201,6 @@ func (w *worker) run(idle bool) {
 		}
 		l.mu.Unlock()
 	}
-	w.path.close()
-	w.wake.Close()
 }
 
 // rest puts w among the idle, unless there is work or the LUN is closing.
