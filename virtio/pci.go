@@ -91,8 +91,9 @@ const (
 )
 
 // session is the time from a Start to the next reset. What a device says
-// after its session has ended is not heard.
-type session struct{}
+// after its session has ended is not heard. It is not empty, because two
+// pointers to empty values may be equal.
+type session struct{ _ byte }
 
 // PCI is the modern PCI transport of a device (virtio 1.3, 4.1): registers,
 // queues, interrupts. Any vCPU may access the registers at any time. Nothing
@@ -817,12 +818,12 @@ func (l *limiter) allow(now time.Time) (dropped int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	// A message takes the next of a row of places, limiterEvery apart; the
-	// row may reach limiterBurst places into the future.
+	// row has limiterBurst places, the first of them now.
 	next := l.next
 	if next.Before(now) {
 		next = now
 	}
-	if next.Sub(now) >= limiterBurst*limiterEvery {
+	if next.Sub(now) > (limiterBurst-1)*limiterEvery {
 		l.dropped++
 		return 0, false
 	}
