@@ -342,8 +342,10 @@ const (
 )
 
 // look is a machine's reading of the LUN, one command at a time: with READ
-// FULL STATUS a single one, else READ KEYS and READ RESERVATION, between
-// which others may act.
+// FULL STATUS a single one, else READ RESERVATION and READ KEYS, between
+// which others may act. In that order: who is seen to hold with the guest's
+// key is then counted, or has given the key up. In the other order a third
+// nexus that takes key and reservation in between would be taken for S.
 type look struct {
 	see   Sight
 	in    InAction // the command that is due
@@ -353,7 +355,7 @@ type look struct {
 
 // start begins a look.
 func (l *look) start(p *Pair, caps bool) {
-	l.in, l.caps, l.tries = ReadKeys, caps, 0
+	l.in, l.caps, l.tries = ReadReservation, caps, 0
 	if p.FullStatus {
 		l.in = ReadFullStatus
 	}
@@ -371,8 +373,8 @@ func (l *look) answer(r Reply) (over, failed bool) {
 	l.tries = 0
 	l.see.merge(l.in, r.Sight)
 	switch {
-	case l.in == ReadKeys:
-		l.in = ReadReservation
+	case l.in == ReadReservation:
+		l.in = ReadKeys
 		return false, false
 	case l.in != ReportCapabilities && l.caps:
 		l.in = ReportCapabilities

@@ -318,6 +318,7 @@ func (d *Dest) Answer(r Reply) {
 		}
 	case destPreempt:
 		d.sent = r.Result == Failed
+		d.gone = d.gone || r.Result == Done // what has K from now on is not S
 		d.vouched, d.checked = false, false
 		d.tries++
 		d.start()
@@ -489,7 +490,9 @@ func (d *Dest) act() {
 		d.remove() // fenced, or in doubt
 	case !old:
 		d.arrived(false)
-	case d.held():
+	case d.held() && (d.pair.FullStatus || d.plan == planPreempt):
+		// Without READ FULL STATUS only the plan knows that it was S which
+		// held before COMMIT: else a third nexus with K would be robbed.
 		switch {
 		case d.shared(2) || d.tries >= maxTries:
 			d.leave()
