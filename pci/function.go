@@ -79,6 +79,8 @@ type bar struct {
 type doorbell struct {
 	off   uint64
 	event *sys.EventFD
+
+	added, warned bool // guarded by the host's mu
 }
 
 type hook struct {
@@ -135,7 +137,7 @@ func (f *Function) AddDoorbell(i int, off uint64, e *sys.EventFD) {
 	if off >= b.size {
 		panic(fmt.Sprintf("pci: doorbell at %#x in base address register %d of %d bytes", off, i, b.size))
 	}
-	b.doorbells = append(b.doorbells, doorbell{off, e})
+	b.doorbells = append(b.doorbells, doorbell{off: off, event: e})
 }
 
 // Capability is an entry of the capability list (PCI 3.0, 6.7).

@@ -81,7 +81,9 @@ type HostConfig struct {
 	IOEvents   IOEvents
 
 	// Warn hears of what went wrong on the host's side, such as an interrupt
-	// that the kernel did not route. The guest goes on without it.
+	// that the kernel did not route. The guest goes on without it. It is
+	// called once for each thing, whatever the guest does, with locks held:
+	// it must not call the bus.
 	Warn func(error)
 }
 
@@ -187,9 +189,9 @@ func (h *Host) remap() {
 	old := *h.mapped.Load()
 	// Without its event a doorbell still works, by way of an exit and the
 	// function's handler, so none is lost between these steps.
-	h.doorbells(old, now, h.cfg.IOEvents.Remove)
+	h.doorbells(old, now, h.removeDoorbell)
 	h.mapped.Store(&now)
-	h.doorbells(now, old, h.cfg.IOEvents.Add)
+	h.doorbells(now, old, h.addDoorbell)
 }
 
 func (h *Host) inWindow(start memory.GPA, size uint64) bool {
@@ -198,16 +200,34 @@ func (h *Host) inWindow(start memory.GPA, size uint64) bool {
 }
 
 // doorbells does something to those of the mappings that are not in except.
-func (h *Host) doorbells(mappings, except []mapping, do func(memory.GPA, *sys.EventFD) error) {
+func (h *Host) doorbells(mappings, except []mapping, do func(memory.GPA, *doorbell)) {
 	for _, m := range mappings {
 		if slices.Contains(except, m) {
 			continue
 		}
-		for _, d := range m.f.bars[m.bar].doorbells {
-			if err := do(m.start+memory.GPA(d.off), d.event); err != nil {
-				h.cfg.Warn(fmt.Errorf("pci: doorbell at %v: %w", m.start+memory.GPA(d.off), err))
-			}
+		bells := m.f.bars[m.bar].doorbells
+		for i := range bells {
+			do(m.start+memory.GPA(bells[i].off), &bells[i])
 		}
+	}
+}
+
+func (h *Host) addDoorbell(gpa memory.GPA, d *doorbell) {
+	err := h.cfg.IOEvents.Add(gpa, d.event)
+	d.added = err == nil
+	if err != nil && !d.warned { // once, however often the guest moves it
+		d.warned = true
+		h.cfg.Warn(fmt.Errorf("pci: doorbell at %v works, but slowly: %w", gpa, err))
+	}
+}
+
+func (h *Host) removeDoorbell(gpa memory.GPA, d *doorbell) {
+	if !d.added {
+		return
+	}
+	d.added = false
+	if err := h.cfg.IOEvents.Remove(gpa, d.event); err != nil {
+		h.cfg.Warn(fmt.Errorf("pci: doorbell at %v stays in the kernel: %w", gpa, err))
 	}
 }
 
@@ -393,7 +413,7 @@ func (h *Host) Close() error {
 	h.DisconnectInterrupts()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.doorbells(*h.mapped.Swap(new([]mapping)), nil, h.cfg.IOEvents.Remove)
+	h.doorbells(*h.mapped.Swap(new([]mapping)), nil, h.removeDoorbell)
 	var errs []error
 	for i, f := range h.slots {
 		if f != nil && f.msix != nil {

@@ -43,6 +43,7 @@ type MSIX struct {
 	table     []byte
 	connected []bool
 	message   []Message // as connected
+	warned    []bool
 }
 
 // AddMSIX gives the function MSI-X with a number of vectors, whose table and
@@ -59,6 +60,7 @@ func (f *Function) AddMSIX(i, vectors int) (*MSIX, error) {
 		table:     make([]byte, vectorSize*vectors),
 		connected: make([]bool, vectors),
 		message:   make([]Message, vectors),
+		warned:    make([]bool, vectors),
 	}
 	for range vectors {
 		e, err := sys.NewEventFD()
@@ -136,7 +138,10 @@ func (m *MSIX) update(v int) {
 	switch {
 	case want && !(m.connected[v] && m.message[v] == message):
 		if err := h.cfg.Interrupts.Connect(m.events[v], message); err != nil {
-			h.cfg.Warn(fmt.Errorf("pci: MSI-X vector %d as %v: %w", v, message, err))
+			if !m.warned[v] { // once, however often the guest unmasks it
+				m.warned[v] = true
+				h.cfg.Warn(fmt.Errorf("pci: MSI-X vector %d as %v: %w", v, message, err))
+			}
 			return
 		}
 		m.connected[v], m.message[v] = true, message

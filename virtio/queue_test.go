@@ -827,7 +827,9 @@ func FuzzQueue(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		expect := bytes.Clone(all) // what guest memory must look like
+		expect := bytes.Clone(all)  // what guest memory must look like
+		drivers := bytes.Clone(all) // and without what the device wrote
+		takeDirty(ram)
 		var chains []*Chain
 		for _, op := range ops {
 			switch op % calls {
@@ -875,11 +877,19 @@ func FuzzQueue(f *testing.F) {
 				index := binary.LittleEndian.Uint16(all[avail+2:]) + 1
 				memory.Store16(all[avail+2:], index)
 				memory.Store16(expect[avail+2:], index)
+				memory.Store16(drivers[avail+2:], index)
 			}
 			if !bytes.Equal(all[:used], expect[:used]) || !bytes.Equal(all[usedEnd:], expect[usedEnd:]) {
 				t.Fatalf("op %d wrote outside the used ring and the writable segments", op%calls)
 			}
 			copy(expect[used:usedEnd], all[used:usedEnd])
+		}
+		dirty := takeDirty(ram)
+		for p := range uint64(ramSize / memory.PageSize) {
+			at := p * memory.PageSize
+			if !bytes.Equal(all[at:at+memory.PageSize], drivers[at:at+memory.PageSize]) && !slices.Contains(dirty, p) {
+				t.Fatalf("the device wrote into page %d without marking it", p)
+			}
 		}
 	})
 }
