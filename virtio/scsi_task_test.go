@@ -1,0 +1,349 @@
+package virtio
+
+import (
+	"encoding/binary"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+
+	"vmm/scsi"
+	"vmm/scsi/scsitest"
+	"vmm/virtio/virtiotest"
+)
+
+// tmf sends a task management function and returns where its answer will be.
+func (r *scsiRig) tmf(function uint32, lun [8]byte, id uint64) []virtiotest.Buffer {
+	r.t.Helper()
+	le := binary.LittleEndian
+	b := le.AppendUint32(le.AppendUint32(nil, scsiTMF), function)
+	b = le.AppendUint64(append(b, lun[:]...), id)
+	answer := r.place([]byte{0xa5}, 1, true)
+	// In pieces: framing means nothing here either.
+	r.add(0, append(r.place(b, 5, false), answer...)...)
+	return answer
+}
+
+// doTMF sends a task management function and waits for its answer.
+func (r *scsiRig) doTMF(function uint32, lun [8]byte, id uint64) byte {
+	r.t.Helper()
+	answer := r.tmf(function, lun, id)
+	if u := r.reap(0); u.Written != 1 {
+		r.t.Errorf("function %d: used length %d; want 1", function, u.Written)
+	}
+	return r.fetch(answer)[0]
+}
+
+func TestSCSITaskManagementLooksUpItsLogicalUnit(t *testing.T) {
+	r := newSCSIRig(t, 1)
+	r.attach(2, scsitest.Null{})
+	r.start()
+	for _, test := range []struct {
+		name     string
+		function uint32
+		here     byte // of a logical unit that is there
+		well     byte // of the REPORT LUNS well-known logical unit
+	}{
+		{"ABORT TASK", tmfAbortTask, scsiOK, scsiOK},
+		{"ABORT TASK SET", tmfAbortTaskSet, scsiOK, scsiOK},
+		{"CLEAR ACA", tmfClearACA, scsiFunctionRejected, scsiFunctionRejected},
+		{"CLEAR TASK SET", tmfClearTaskSet, scsiFunctionRejected, scsiFunctionRejected},
+		{"I_T NEXUS RESET", tmfITNexusReset, scsiFunctionRejected, scsiFunctionRejected},
+		{"LOGICAL UNIT RESET", tmfLogicalUnitReset, scsiOK, scsiFunctionRejected},
+		{"QUERY TASK", tmfQueryTask, scsiOK, scsiOK},
+		{"QUERY TASK SET", tmfQueryTaskSet, scsiOK, scsiOK},
+		{"unknown", 8, scsiFunctionRejected, scsiFunctionRejected},
+		{"unknown, large", 1 << 31, scsiFunctionRejected, scsiFunctionRejected},
+	} {
+		for _, at := range []struct {
+			name string
+			lun  [8]byte
+			want byte
+		}{
+			{"LUN 0", unit0(2), test.here},
+			{"W-LUN", [8]byte{0xc1, 1}, test.well},
+			{"LUN 1", [8]byte{1, 2, 0x40, 1}, scsiIncorrectLUN},
+			{"no target", unit0(9), scsiBadTarget},
+			{"no address", [8]byte{9}, scsiBadTarget},
+		} {
+			if got := r.doTMF(test.function, at.lun, 77); got != at.want {
+				t.Errorf("%s on %s = %d; want %d", test.name, at.name, got, at.want)
+			}
+		}
+	}
+}
+
+func TestSCSIAsynchronousNotifications(t *testing.T) {
+	r := newSCSIRig(t, 1)
+	r.attach(2, scsitest.Null{})
+	r.start()
+	for _, kind := range []byte{scsiANQuery, scsiANSubscribe} {
+		for _, test := range []struct {
+			lun  [8]byte
+			want byte
+		}{
+			{unit0(2), scsiOK},
+			{[8]byte{1, 2, 0x40, 1}, scsiIncorrectLUN},
+			{unit0(3), scsiBadTarget},
+		} {
+			b := make([]byte, 16)
+			b[0] = kind
+			copy(b[4:], test.lun[:])
+			binary.LittleEndian.PutUint32(b[12:], 0x7e)
+			answer := r.place([]byte{1, 1, 1, 1, 1}, 2, true)
+			r.add(0, append(r.place(b, 7, false), answer...)...)
+			u := r.reap(0)
+			if got, want := r.fetch(answer), [5]byte{4: test.want}; [5]byte(got) != want || u.Written != 5 {
+				t.Errorf("type %d of % x = % x, used length %d; want % x, 5", kind, test.lun, got, u.Written, want)
+			}
+		}
+	}
+}
+
+// A function that ends commands is answered when they have come back, and
+// then all of them are in the used ring already.
+func TestSCSIAbortsWaitForTheirCommands(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		function uint32
+		waits    []int // which of the commands below it must wait for
+	}{
+		{"ABORT TASK", tmfAbortTask, []int{1}},
+		{"ABORT TASK SET", tmfAbortTaskSet, []int{0, 1, 2}},
+	} {
+		r := newSCSIRig(t, 2)
+		mine, other := scsitest.NewHeld(8), scsitest.NewHeld(8)
+		r.attach(0, mine)
+		r.attach(1, other)
+		r.start()
+		// Two commands on one queue, one on the other, and one of the same
+		// name to another logical unit.
+		var held []*scsi.Command
+		for i, where := range []struct {
+			queue  int
+			target uint8
+			id     uint64
+		}{{2, 0, 10}, {2, 0, 11}, {3, 0, 12}, {3, 1, 11}} {
+			r.submit(where.queue, &scsiCommand{lun: unit0(where.target), id: where.id, cdb: []byte{0}})
+			if i < 3 {
+				held = append(held, <-mine.Commands)
+			} else {
+				held = append(held, <-other.Commands)
+			}
+		}
+		// The address may be written in another form.
+		answer := r.tmf(test.function, [8]byte{1, 0, 0, 0}, 11)
+		// The control queue goes on working meanwhile; its answers show that
+		// the device has seen the function before.
+		if got := r.doTMF(tmfQueryTask, unit0(0), 11); got != scsiFunctionSucceeded {
+			t.Errorf("%s: QUERY TASK meanwhile = %d; want %d", test.name, got, scsiFunctionSucceeded)
+		}
+		// A command that comes later is not waited for.
+		r.submit(2, &scsiCommand{lun: unit0(0), id: 13, cdb: []byte{0}})
+		later := <-mine.Commands
+
+		for n, i := range test.waits {
+			if got := r.fetch(answer)[0]; got != 0xa5 {
+				t.Errorf("%s was answered %d with %d of its commands in flight", test.name, got, len(test.waits)-n)
+			}
+			held[i].Fail(scsi.Aborted)
+			if n < len(test.waits)-1 {
+				r.doTMF(tmfQueryTask, unit0(0), 11) // time for a hasty answer
+			}
+		}
+		r.reap(0)
+		back := r.act.Queues[2].State().UsedIndex + r.act.Queues[3].State().UsedIndex
+		if got := r.fetch(answer)[0]; got != scsiOK || int(back) != len(test.waits) {
+			t.Errorf("%s = %d with %d commands back; want %d with %d", test.name, got, back, scsiOK, len(test.waits))
+		}
+		for i, c := range append(held, later) {
+			if done := i < 4 && slices.Contains(test.waits, i); !done {
+				c.Finish(0)
+			}
+		}
+		r.dev.Stop()
+	}
+}
+
+func TestSCSIQueriesSeeCommandsInFlight(t *testing.T) {
+	r := newSCSIRig(t, 2)
+	held := scsitest.NewHeld(1)
+	r.attach(0, held)
+	r.attach(1, held)
+	r.start()
+	ask := func(when string, task, wrongID, set, otherSet byte) {
+		t.Helper()
+		for _, q := range []struct {
+			name     string
+			function uint32
+			lun      [8]byte
+			id       uint64
+			want     byte
+		}{
+			{"QUERY TASK", tmfQueryTask, unit0(0), 5, task},
+			{"QUERY TASK of another command", tmfQueryTask, unit0(0), 6, wrongID},
+			{"QUERY TASK SET", tmfQueryTaskSet, unit0(0), 0, set},
+			{"QUERY TASK SET of another unit", tmfQueryTaskSet, unit0(1), 0, otherSet},
+		} {
+			if got := r.doTMF(q.function, q.lun, q.id); got != q.want {
+				t.Errorf("%s: %s = %d; want %d", when, q.name, got, q.want)
+			}
+		}
+	}
+	ask("before", scsiOK, scsiOK, scsiOK, scsiOK)
+	r.submit(3, &scsiCommand{lun: unit0(0), id: 5, cdb: []byte{0}})
+	c := <-held.Commands
+	ask("in flight", scsiFunctionSucceeded, scsiOK, scsiFunctionSucceeded, scsiOK)
+	c.Finish(0)
+	r.reap(3)
+	r.doTMF(tmfAbortTask, unit0(0), 5) // answered when the command has left
+	ask("after", scsiOK, scsiOK, scsiOK, scsiOK)
+}
+
+func TestSCSILogicalUnitReset(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		err  error
+		want byte
+	}{
+		{"done", nil, scsiOK},
+		{"rejected", scsi.ErrRejected, scsiFunctionRejected},
+		{"failed", errors.New("no"), scsiFailure},
+	} {
+		r := newSCSIRig(t, 1)
+		held := scsitest.NewHeld(2)
+		r.attach(0, held)
+		r.attach(1, scsitest.Null{})
+		r.start()
+		r.submit(2, &scsiCommand{lun: unit0(0), cdb: []byte{0}})
+		c := <-held.Commands
+		answer := r.tmf(tmfLogicalUnitReset, unit0(0), 0)
+		reset := <-held.Resets
+		// While it is under way, control and request queue go on.
+		if got := r.doTMF(tmfQueryTaskSet, unit0(0), 0); got != scsiFunctionSucceeded {
+			t.Errorf("%s: QUERY TASK SET meanwhile = %d; want %d", test.name, got, scsiFunctionSucceeded)
+		}
+		if a := r.do(&scsiCommand{lun: unit0(1), cdb: []byte{0}}); a.String() != "GOOD" {
+			t.Errorf("%s: a command to another unit meanwhile = %v; want GOOD", test.name, a)
+		}
+		reset <- test.err
+		if test.err == nil {
+			// The commands of the unit come first.
+			r.doTMF(tmfQueryTaskSet, unit0(0), 0)
+			if got := r.fetch(answer)[0]; got != 0xa5 {
+				t.Errorf("%s was answered %d with a command in flight", test.name, got)
+			}
+			c.Fail(scsi.ResetOccurred)
+			r.reap(0)
+		} else {
+			r.reap(0)
+			c.Finish(0)
+		}
+		if got := r.fetch(answer)[0]; got != test.want {
+			t.Errorf("LOGICAL UNIT RESET that is %s = %d; want %d", test.name, got, test.want)
+		}
+		r.dev.Stop()
+	}
+}
+
+// A slow command delays no other, on its queue or another, and answers come
+// back in whatever order the commands end.
+func TestSCSISlowCommandsDelayNoOther(t *testing.T) {
+	r := newSCSIRig(t, 2)
+	slow := scsitest.NewHeld(2)
+	r.attach(0, slow)
+	r.attach(1, scsitest.NewDisk(8))
+	r.start()
+	first := r.submit(2, &scsiCommand{lun: unit0(0), cdb: []byte{0}})
+	second := r.submit(2, &scsiCommand{lun: unit0(0), cdb: []byte{0}})
+	for range 20 {
+		if a := r.do(&scsiCommand{lun: unit0(1), cdb: rw10(scsi.OpRead10, 0, 1), in: 512}); a.String() != "GOOD" {
+			t.Fatalf("READ(10) behind slow commands = %v; want GOOD", a)
+		}
+	}
+	c1, c2 := <-slow.Commands, <-slow.Commands
+	c2.Finish(0)
+	if u := r.reap(2); u.Head != second.head {
+		t.Errorf("chain %d came back first; want %d", u.Head, second.head)
+	}
+	c1.Finish(0)
+	if u := r.reap(2); u.Head != first.head {
+		t.Errorf("chain %d came back last; want %d", u.Head, first.head)
+	}
+}
+
+// The bound on functions under way is the control queue's size; nothing is
+// lost when it is reached.
+func TestSCSIManyAbortsAtOnce(t *testing.T) {
+	r := newSCSIRig(t, 1)
+	held := scsitest.NewHeld(1)
+	r.attach(0, held)
+	r.start()
+	r.submit(2, &scsiCommand{lun: unit0(0), id: 9, cdb: []byte{0}})
+	c := <-held.Commands
+	n := 0
+	for ; r.rings[0].Free() > 1; n++ {
+		r.tmf(tmfAbortTask, unit0(0), 9)
+	}
+	if r.doTMF(tmfQueryTask, unit0(1), 9) != scsiBadTarget {
+		t.Error("the control queue does not answer behind waiting functions")
+	}
+	c.Fail(scsi.Aborted)
+	for range n {
+		r.reap(0)
+	}
+}
+
+// Detach returns when the last command is back; meanwhile new commands find
+// no target, and a function for the old ones still waits for them.
+func TestSCSIDetachWaitsForCommands(t *testing.T) {
+	r := newSCSIRig(t, 1)
+	held := scsitest.NewHeld(2)
+	r.attach(4, held)
+	r.start()
+	old := r.submit(2, &scsiCommand{lun: unit0(4), id: 1, cdb: []byte{0}})
+	c := <-held.Commands
+	r.add(1, virtiotest.Buffer{GPA: r.mem.Alloc(16, 4), Len: 16, Write: true})
+
+	var wg sync.WaitGroup
+	gone := make(chan struct{})
+	wg.Go(func() {
+		defer close(gone)
+		if lun, err := r.dev.Detach(4); lun != scsi.LUN(held) || err != nil {
+			t.Errorf("Detach(4) = %v, %v; want the logical unit", lun, err)
+		}
+	})
+	r.reap(1) // the event: the door is closed
+	if a := r.do(&scsiCommand{lun: unit0(4), cdb: []byte{0}}); a.code != scsiBadTarget {
+		t.Errorf("a command to a target that is being detached = %v; want response %d", a, scsiBadTarget)
+	}
+	answer := r.tmf(tmfAbortTask, unit0(4), 1)
+	r.doTMF(tmfQueryTask, unit0(4), 1)
+	if got := r.fetch(answer)[0]; got != 0xa5 {
+		t.Errorf("ABORT TASK was answered %d with its command in flight", got)
+	}
+	if err := r.dev.Attach(4, held); err == nil {
+		t.Error("Attach(4) succeeded while target 4 is being detached")
+	}
+	select {
+	case <-gone:
+		t.Error("Detach returned with a command in flight")
+	default:
+	}
+	c.Finish(0)
+	r.reap(0)
+	if got := r.fetch(answer)[0]; got != scsiBadTarget {
+		t.Errorf("ABORT TASK = %d; want %d", got, scsiBadTarget)
+	}
+	if a := r.answer(old, r.reap(2)); a.String() != "GOOD" {
+		t.Errorf("the command = %v; want GOOD", a)
+	}
+	wg.Wait()
+	if _, err := r.dev.Detach(4); err == nil {
+		t.Error("Detach(4) succeeded twice")
+	}
+	r.attach(4, held)
+	if err := r.dev.Attach(4, held); err == nil {
+		t.Error("Attach(4) succeeded twice")
+	}
+}
