@@ -54,8 +54,14 @@ func newDisk(t testing.TB, o Options) *LUN {
 	return l
 }
 
+// tb is what the helpers need of a testing.TB, or of a rapid.T.
+type tb interface {
+	Helper()
+	Fatalf(string, ...any)
+}
+
 // do runs one command with in bytes of data-in buffer and waits for it.
-func do(t testing.TB, l *LUN, cdb, out []byte, in int) *scsi.Command {
+func do(t tb, l *LUN, cdb, out []byte, in int) *scsi.Command {
 	t.Helper()
 	c := &scsi.Command{CDB: cdb}
 	if out != nil {
@@ -99,7 +105,7 @@ func dataIn(c *scsi.Command) []byte {
 
 // sense is a command's sense, empty with status GOOD; it fails the test on
 // anything else.
-func sense(t testing.TB, c *scsi.Command) string {
+func sense(t tb, c *scsi.Command) string {
 	t.Helper()
 	switch {
 	case c.Outcome != scsi.Completed:
@@ -116,7 +122,7 @@ func sense(t testing.TB, c *scsi.Command) string {
 	return ""
 }
 
-func expect(t testing.TB, c *scsi.Command, want string) {
+func expect(t tb, c *scsi.Command, want string) {
 	t.Helper()
 	if got := sense(t, c); got != want {
 		t.Fatalf("% x: sense %q; want %q", c.CDB, got, want)

@@ -162,7 +162,7 @@ func TestUnmap(t *testing.T) {
 
 func TestWriteSame(t *testing.T) {
 	for name, noHoles := range map[string]bool{"thin": false, "thick": true} {
-		f := &memFile{data: pattern(1, 8<<20), noHoles: noHoles}
+		f := &memFile{data: pattern(1, 6<<20), noHoles: noHoles}
 		l := newMem(t, f, Options{})
 		want := bytes.Clone(f.data)
 		block := pattern(9, 512)
@@ -188,7 +188,7 @@ func TestWriteSame(t *testing.T) {
 			}
 		}
 		same(scsi.OpWriteSame10, 0, 1, 1, block)
-		same(scsi.OpWriteSame16, 0, 3, 16000, block) // more than one system call
+		same(scsi.OpWriteSame16, 0, 3, 9000, block) // more than one system call
 		f.most = 1000                                // the kernel moves less than it was asked
 		same(scsi.OpWriteSame16, 0, 5, 300, pattern(4, 512))
 		f.most = 0
