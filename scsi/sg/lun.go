@@ -57,6 +57,7 @@ type LUN struct {
 	backlog  fifo      // commands that no worker has taken yet
 	workers  []*worker // all there are
 	idle     []*worker // those asleep; the last went to sleep last and is woken first
+	coming   int       // workers woken or made that have not looked at the backlog yet
 	waiting  []*worker // those whose command the kernel had no room for
 	inFlight int       // commands submitted and not done
 	spawning bool      // a worker is being made
@@ -107,6 +108,8 @@ func (l *LUN) spawn(idle bool) error {
 			l.workers = append(l.workers, w)
 			if idle {
 				l.idle = append(l.idle, w)
+			} else {
+				l.coming++
 			}
 			l.mu.Unlock()
 		}
@@ -134,29 +137,34 @@ func (l *LUN) Submit(c *scsi.Command) {
 	}
 	l.inFlight++
 	l.backlog.push(c)
-	if n := len(l.idle); n > 0 {
-		w := l.idle[n-1]
-		l.idle = l.idle[:n-1]
-		l.mu.Unlock()
-		w.wake.Signal()
-		return
+	var w *worker
+	grow := false
+	if l.backlog.len() > l.coming { // else somebody is on the way to c
+		if n := len(l.idle); n > 0 {
+			w = l.idle[n-1]
+			l.idle = l.idle[:n-1]
+			l.coming++
+		} else {
+			grow = !l.spawning && len(l.workers) < maxWorkers
+			l.spawning = l.spawning || grow
+		}
 	}
-	grow := len(l.workers) < maxWorkers && !l.spawning
-	l.spawning = l.spawning || grow
 	l.mu.Unlock()
-	if grow {
+	if w != nil {
+		w.wake.Signal()
+	} else if grow {
 		go l.grow()
 	}
 }
 
-// grow adds workers while commands wait that nobody is about to take.
+// grow adds workers while commands wait that nobody is on the way to.
 func (l *LUN) grow() {
 	for {
 		err := l.spawn(false)
 		l.mu.Lock()
 		// Out of descriptors or memory is slower, not broken: there is one
 		// worker at least, and the next command tries again.
-		if err != nil || len(l.workers) == maxWorkers || l.backlog.len() == 0 {
+		if err != nil || len(l.workers) == maxWorkers || l.backlog.len() <= l.coming {
 			l.spawning = false
 			l.quiet.Broadcast()
 			l.mu.Unlock()
@@ -169,11 +177,14 @@ func (l *LUN) grow() {
 // run is a worker's life. It begins idle if it is on the list already.
 func (w *worker) run(idle bool) {
 	l := w.lun
-	for {
+	for coming := true; ; coming = idle {
 		if idle {
 			w.wake.Wait() // whoever signals has taken it off the list
 		}
 		l.mu.Lock()
+		if coming {
+			l.coming--
+		}
 		c := l.backlog.pop()
 		if c == nil {
 			idle = w.rest()
@@ -349,6 +360,7 @@ func (l *LUN) Close() error {
 	}
 	idle := l.idle
 	l.idle = nil
+	l.coming += len(idle)
 	l.mu.Unlock()
 	for _, w := range idle {
 		w.wake.Signal()
