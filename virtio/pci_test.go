@@ -385,6 +385,7 @@ func TestResetDoesNotKeepTheVCPU(t *testing.T) {
 	g := newGuest(t, d)
 	g.start(t, bothFeatures)
 	d.took()
+	fail := d.a.Fail
 	d.stopGate = gate
 	g.drv.SetField(virtiotest.DeviceStatus, 1, 0) // returns although Stop does not
 	for range 3 {
@@ -394,9 +395,14 @@ func TestResetDoesNotKeepTheVCPU(t *testing.T) {
 		// A driver that does not wait changes nothing, and stops nothing twice.
 		g.drv.SetField(virtiotest.DeviceStatus, 1, 0)
 		g.drv.SetField(virtiotest.DeviceStatus, 1, 1)
-		g.drv.SetField(virtiotest.QueueSelect, 2, 1)
-		if got := g.drv.Field(virtiotest.QueueSelect, 2); got != 1 { // as left by start
-			t.Errorf("queue_select %d", got)
+		g.drv.SetField(virtiotest.QueueSelect, 2, 0)
+		if got := g.drv.Field(virtiotest.QueueSelect, 2); got != 1 {
+			t.Errorf("queue_select %d; want 1, as it was", got)
+		}
+		// Nor does anybody want to hear of a failure now.
+		fail(errors.New("in the middle"))
+		if got := g.took(); got != "" {
+			t.Errorf("log %q during the reset", got)
 		}
 	}
 	// The machine's calls wait.
@@ -833,6 +839,26 @@ func TestMigrationOfABrokenDevice(t *testing.T) {
 		t.Errorf("status %#x after the move; want NEEDS_RESET", got)
 	}
 	dst.start(t, bothFeatures) // which a reset ends
+}
+
+// After a move every queue is kicked, whatever its device does at the start.
+func TestQueuesAreKickedAfterAMove(t *testing.T) {
+	src, dst := newGuest(t, &echo{}), newGuest(t, &echo{startErr: errors.New("nobody looks")})
+	src.start(t, bothFeatures)
+	src.pci.Quiesce()
+	s, err := src.pci.State()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := dst.pci.SetState(s); err != nil {
+		t.Fatal(err)
+	}
+	dst.pci.Resume()
+	for i := range dst.pci.queues {
+		if !dst.pci.queues[i].doorbell.Pending() {
+			t.Errorf("queue %d was not kicked", i)
+		}
+	}
 }
 
 // A device that the guest has not started, or is just setting up, moves too.

@@ -334,6 +334,21 @@ func TestPushMarksWhatItWrote(t *testing.T) {
 	}
 }
 
+// Element and index of the used ring may lie in different pages.
+func TestPushMarksBothPagesOfTheRing(t *testing.T) {
+	r := newRig(t, 8, bothFeatures)
+	at := QueueState{Size: 8, Desc: 0x10000, Avail: 0x11000, Used: 0x20000 - 4 - 8*3, LastAvail: 3, UsedIndex: 3}
+	q, err := NewQueue(r.config(bothFeatures), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	takeDirty(r.mem.RAM)
+	q.Push(&Chain{}, 0)
+	if got, want := takeDirty(r.mem.RAM), []uint64{0x1f, 0x20}; !slices.Equal(got, want) {
+		t.Errorf("Push marked pages %v; want %v", got, want)
+	}
+}
+
 func TestEnableNotifyMarksTheRing(t *testing.T) {
 	for _, features := range []uint64{FeatureVersion1, bothFeatures} {
 		r := newRig(t, 1024/4, features)
@@ -560,6 +575,14 @@ func TestQueueMatchesAModel(t *testing.T) {
 	})
 }
 
+// dawdle passes a little time, mostly none, so that the two sides meet at
+// every point of each other's way to sleep.
+func dawdle(rng *rand.Rand) {
+	for range rng.IntN(1 << rng.IntN(13)) {
+		memory.Fence()
+	}
+}
+
 // A driver and a device that both sleep whenever there is nothing to do. If
 // either misses a wake-up the two sleep for ever, and the test says who.
 func TestNoWakeUpIsLost(t *testing.T) {
@@ -573,7 +596,7 @@ func TestNoWakeUpIsLost(t *testing.T) {
 }
 
 func stress(t *testing.T, features uint64, completers int) {
-	const size, requests = 4, 8000
+	const size, requests = 4, 6000
 	r := newRig(t, size, features)
 	irq, err := sys.NewEventFD()
 	if err != nil {
@@ -609,6 +632,7 @@ func stress(t *testing.T, features uint64, completers int) {
 	}
 	wg.Go(func() {
 		defer close(work)
+		rng := rand.New(rand.NewPCG(2, features))
 		for !stop.Load() {
 			r.q.DisableNotify()
 			for {
@@ -629,9 +653,11 @@ func stress(t *testing.T, features uint64, completers int) {
 					answer(c)
 				}
 			}
+			dawdle(rng)
 			if r.q.EnableNotify() {
 				continue
 			}
+			dawdle(rng)
 			workerAsleep.Store(true)
 			r.q.Wait()
 			workerAsleep.Store(false)
@@ -670,11 +696,13 @@ func stress(t *testing.T, features uint64, completers int) {
 				want[head], where[head] = sum, slot
 				sent++
 			}
+			dawdle(rng)
 			r.ring.Kick()
 			r.ring.DisableInterrupt()
 			for {
 				u, ok := r.ring.Reap()
 				if !ok {
+					dawdle(rng)
 					if r.ring.EnableInterrupt() {
 						continue
 					}
