@@ -86,7 +86,7 @@ func (l *asyncLUN) Submit(c *scsi.Command) { l.pending <- c }
 // Every command comes back once with its own data, while the device is
 // quiesced and resumed, targets come and go, and functions are sent.
 func TestSCSIUnderStress(t *testing.T) {
-	const queues, perQueue, depth = 3, 400, 24
+	const queues, perQueue, depth = 3, 200, 24
 	r := newSCSIRig(t, queues)
 	lun := newAsyncLUN(t, 3)
 	r.attach(0, lun)
