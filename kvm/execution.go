@@ -1,7 +1,6 @@
 package kvm
 
 import (
-	"errors"
 	"fmt"
 	"runtime"
 	"time"
@@ -33,22 +32,28 @@ func (e Execution) String() string {
 // time tells the difference.
 //
 // The guest's speed alone does not, as the host may itself be slow (an emulated machine
-// with a real, nested KVM runs some tens of million instructions a second). The
-// ratio does. A two-instruction loop runs in a guest at the host's speed,
-// give or take what the two compilers make of it and what a noisy neighbour takes: no less
-// than a tenth of it. Interpreted, it runs at a thousandth of it (2 of 3,000 million
-// measured). nativeRatio lies in the middle between the two, as ratios go.
-const nativeRatio = 0.01
+// with a real, nested KVM). The ratio does. A two-instruction loop runs in a guest
+// at the host's speed, give or take what the two compilers make of it and what a noisy
+// neighbour takes; interpreted, it runs at a thousandth of it or less.
+// nativeRatio lies in the middle between the two, as ratios go.
+//
+// What is compared is the time that more iterations take, not the time that a
+// loop takes: entering a guest for the first time costs page faults, and tens of
+// milliseconds on an emulated machine.
+const nativeRatio = 0.02
 
 const (
-	probeSample   = 10 * time.Millisecond  // a loop that took so long tells enough
-	probeDeadline = 300 * time.Millisecond // for all the guest's loops together
-	probeFirst    = 1000                   // iterations of the first loop: about a millisecond if interpreted
+	probeSample = 10 * time.Millisecond  // a difference that tells enough
+	probeLeast  = time.Millisecond       // the least that tells anything
+	probeTime   = 400 * time.Millisecond // processor time for all the guest's loops
+	probeWait   = 10 * time.Second       // for the processor, on a machine that is busy
+	probeKick   = 50 * time.Millisecond  // how often a loop is interrupted to look at the clock
+	probeFirst  = 1000                   // iterations of the first loop: about a millisecond if interpreted
 )
 
 // ProbeExecution measures whether KVM executes guest kernel code on the processor or
 // interprets it, by a tiny guest that counts down in 64-bit kernel mode. It
-// takes some 20 ms, and about half a second at worst.
+// takes 50 to 300 ms, up to half a second of processor time at worst.
 func (s *System) ProbeExecution() (Execution, error) {
 	guest, err := s.guestSpeed()
 	if err != nil {
@@ -68,8 +73,8 @@ func threadTime() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// grow is the number of iterations to try next when n took so long: four
-// times as many as a sample needs if it was much too few, else just enough.
+// grow is the number of iterations to try next when n took too short: enough for
+// two samples, but no more than 16 times as many.
 func grow(n uint64, took time.Duration) uint64 {
 	return min(n*16, n*uint64(2*probeSample)/uint64(max(took, 1))+1)
 }
@@ -146,24 +151,49 @@ func (s *System) guestSpeed() (speed float64, err error) {
 	}
 	defer unbind()
 
-	deadline := time.Now().Add(probeDeadline)
-	late := time.AfterFunc(probeDeadline, func() { cpu.Kick() })
-	defer late.Stop()
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		tick := time.NewTicker(probeKick)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				cpu.Kick()
+			case <-done:
+				return
+			}
+		}
+	}()
+	began, start := time.Now(), threadTime()
+	late := func() bool { return threadTime()-start > probeTime || time.Since(began) > probeWait }
+
+	// The first pass takes the page faults, the second what any pass costs.
+	var fixed time.Duration
+	for range 2 {
+		if _, fixed, err = countDown(cpu, code, 1, late); err != nil {
+			return 0, err
+		}
+	}
 	for n := uint64(probeFirst); ; {
-		left, took, err := countDown(cpu, code, n, deadline)
+		left, took, err := countDown(cpu, code, n, late)
 		if err != nil {
 			return 0, err
 		}
-		if took >= probeSample || !time.Now().Before(deadline) {
-			return 2 * float64(n-left) / max(took, 1).Seconds(), nil
+		took -= fixed
+		if took >= probeSample || took >= probeLeast && late() {
+			return 2 * float64(n-left) / took.Seconds(), nil
+		}
+		if late() {
+			return 0, fmt.Errorf("the guest had %v of processor time within %v, which is too little to tell", threadTime()-start, time.Since(began))
 		}
 		n = grow(n, took)
 	}
 }
 
-// countDown runs the loop from n until it ends or the deadline has passed. left is what
-// remained.
-func countDown(cpu *VCPU, code memory.GPA, n uint64, deadline time.Time) (left uint64, took time.Duration, err error) {
+// countDown runs the loop from n until it ends or it is late. left is what remained,
+// took the processor time.
+func countDown(cpu *VCPU, code memory.GPA, n uint64, late func() bool) (left uint64, took time.Duration, err error) {
 	if err := cpu.SetRegs(&Regs{RIP: uint64(code), RCX: n, RFlags: 2}); err != nil {
 		return 0, 0, err
 	}
@@ -174,11 +204,11 @@ func countDown(cpu *VCPU, code memory.GPA, n uint64, deadline time.Time) (left u
 		case err != nil:
 			return 0, 0, err
 		case reason == ExitIO:
-		case reason == ExitIntr && time.Now().Before(deadline):
+		case reason == ExitIntr && !late():
 			continue
 		case reason == ExitIntr:
 		default:
-			return 0, 0, errors.Join(errors.New("the tiny guest failed"), cpu.Explain(reason, nil))
+			return 0, 0, cpu.Explain(reason, nil)
 		}
 		took = threadTime() - before
 		regs, err := cpu.Regs()

@@ -156,6 +156,10 @@ func (c *VCPU) Explain(reason ExitReason, readGPA func(memory.GPA, []byte) error
 	switch reason {
 	case ExitShutdown:
 		what += " (triple fault)"
+		if c.atReset() {
+			// AMD's processors leave the guest's state undefined, so KVM resets it.
+			return fmt.Errorf("vcpu %d stopped with %s; this host's processor does not keep where", c.id, what)
+		}
 	case ExitInternalError:
 		e := c.InternalError()
 		what += fmt.Sprintf(" (%v)", e.Suberror)
@@ -175,6 +179,16 @@ func (c *VCPU) Explain(reason ExitReason, readGPA func(memory.GPA, []byte) error
 		what += fmt.Sprintf(" (%v+%d)", m.Addr, len(m.Data))
 	}
 	return fmt.Errorf("vcpu %d stopped with %s%s", c.id, what, c.where(instruction, readGPA))
+}
+
+// atReset tells whether the vCPU stands at the first instruction after a reset.
+func (c *VCPU) atReset() bool {
+	regs, err := c.Regs()
+	if err != nil {
+		return false
+	}
+	s, err := c.Sregs()
+	return err == nil && regs.RIP == 0xfff0 && s.CS.Base == 0xffff0000
 }
 
 func (c *VCPU) where(instruction []byte, readGPA func(memory.GPA, []byte) error) string {

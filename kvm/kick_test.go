@@ -2,6 +2,7 @@ package kvm_test
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -228,5 +229,72 @@ func TestCloseDuringRun(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("Run() goes on after Close")
 		}
+	}
+}
+
+// A second vCPU waits in Run for its INIT and start-up interrupts; that they have come
+// is an ExitIntr too (KVM_RUN's EAGAIN), and the next Run is real mode at the
+// start-up vector's page.
+func TestStartSecondVCPU(t *testing.T) {
+	g := kvmtest.NewGuest(t, kvmtest.NeedKVM(t), kvmtest.Config{IRQChip: true}, waiting)
+	if err := g.VM.SetTSSAddr(0xfffbd000); err != nil { // Intel's processors need it for real mode
+		t.Fatal(err)
+	}
+	copy(g.RAM[0x9000:], []byte{0xe6, 0x99, 0xf4}) // out 0x99, al; hlt
+	cpu, err := g.VM.CreateVCPU(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cpu.Close()
+	if state, err := cpu.MPState(); state != kvm.MPUninitialized || err != nil {
+		t.Fatalf("MPState() of a new second vCPU = %v, %v; want uninitialized", state, err)
+	}
+	lapic, err := cpu.LAPIC()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cpu.SetLAPIC(&lapic); err != nil { // see CreateVCPU
+		t.Fatal(err)
+	}
+	result := make(chan error, 1)
+	go func() {
+		unbind, err := cpu.Bind()
+		if err != nil {
+			result <- err
+			return
+		}
+		defer unbind()
+		for {
+			reason, err := cpu.Run()
+			switch {
+			case err != nil:
+				result <- err
+				return
+			case reason == kvm.ExitIntr:
+				continue
+			case reason != kvm.ExitIO:
+				result <- cpu.Explain(reason, g.Read)
+				return
+			}
+			io, err := cpu.IO()
+			if err == nil && io.Port != 0x99 {
+				err = fmt.Errorf("it wrote to port %#x; want 0x99", io.Port)
+			}
+			result <- err
+			return
+		}
+	}()
+	for _, data := range []uint32{0x500, 0x600 | 0x09} { // INIT; start up at page 9
+		if delivered, err := g.VM.SignalMSI(kvm.MSI{Addr: 0xfee01000, Data: data}); err != nil || !delivered {
+			t.Fatalf("SignalMSI(%#x) = %v, %v; want true", data, delivered, err)
+		}
+	}
+	select {
+	case err := <-result:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(kvmtest.Deadline):
+		t.Fatal("the second vCPU does not start")
 	}
 }

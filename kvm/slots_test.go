@@ -34,6 +34,10 @@ func wantDirty(t *testing.T, vm *kvm.VM, want []uint64) {
 		t.Fatal(err)
 	}
 	for i := range want {
+		if i == 0 {
+			got[i] |= program
+			want[i] |= program
+		}
 		if got[i] != want[i] {
 			t.Fatalf("dirty log word %d = %#x; want %#x", i, got[i], want[i])
 		}
@@ -41,6 +45,10 @@ func wantDirty(t *testing.T, vm *kvm.VM, want []uint64) {
 }
 
 const dataPage = int(kvmtest.Data / kvm.PageSize)
+
+// program are the pages below Data, which do not count: the kernel may call a page
+// dirty when it maps it for a read, and processors write to page tables.
+const program = 1<<dataPage - 1
 
 func TestDirtyLogClearsItself(t *testing.T) {
 	g := kvmtest.NewGuest(t, kvmtest.NeedKVM(t), kvmtest.Config{MemoryFlags: kvm.LogDirtyPages}, store)

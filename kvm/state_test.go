@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"testing"
 	"time"
 
@@ -54,7 +55,6 @@ func roundTrip[T any](t *testing.T, what string, get func(machine) (T, error), s
 	must(t, set(from, want))
 	got, err := get(from)
 	must(t, err)
-	opts = append(opts, cmp.AllowUnexported())
 	if d := cmp.Diff(want, got, opts...); d != "" {
 		t.Errorf("%s differs from what was set (-want +got):\n%s", what, d)
 	}
@@ -79,7 +79,7 @@ func TestStateSurvivesMove(t *testing.T) {
 		func(l *[]kvm.CPUIDEntry2) {
 			for i, leaf := range *l {
 				if leaf.Function == 1 {
-					(*l)[i].EBX = leaf.EBX&0x00ffffff | 0 // APIC id 0
+					(*l)[i].EBX = leaf.EBX & 0x00ffffff // APIC id 0
 				}
 			}
 		}, from, to, cmpopts.IgnoreUnexported(kvm.CPUIDEntry2{}))
@@ -160,7 +160,11 @@ func TestStateSurvivesMove(t *testing.T) {
 			e.NMI.Masked = 1
 			e.Interrupt.Shadow = 1
 			e.Flags |= kvm.EventsValidShadow
-		}, from, to, cmpopts.IgnoreUnexported(kvm.VCPUEvents{}))
+		},
+		// AMD's processors know one interrupt shadow, not the two of STI and MOV SS.
+		from, to, cmpopts.IgnoreUnexported(kvm.VCPUEvents{}), cmp.FilterPath(
+			func(p cmp.Path) bool { return p.Last().String() == ".Shadow" },
+			cmp.Comparer(func(a, b uint8) bool { return (a != 0) == (b != 0) })))
 }
 
 func TestMSRsSurviveMove(t *testing.T) {
@@ -169,11 +173,12 @@ func TestMSRsSurviveMove(t *testing.T) {
 	indices, err := s.MSRIndices()
 	must(t, err)
 	const (
-		tsc       = 0x10
 		efer      = 0xc0000080
 		lstar     = 0xc0000082
 		mtrrFixed = 0x250
 	)
+	// The TSC, Hyper-V's vCPU run time and its reference time.
+	running := []uint32{0x10, 0x4000_0010, 0x4000_0020}
 	if len(indices) < 10 {
 		t.Fatalf("MSRIndices() has %d entries", len(indices))
 	}
@@ -189,7 +194,7 @@ func TestMSRsSurviveMove(t *testing.T) {
 		if want[i].Index == lstar && want[i].Data != 0xffff_ffff_8100_0000 {
 			t.Errorf("LSTAR = %#x; want what was set", want[i].Data)
 		}
-		if got[i].Data != want[i].Data && want[i].Index != tsc {
+		if got[i].Data != want[i].Data && !slices.Contains(running, want[i].Index) {
 			t.Errorf("MSR %#x = %#x after the move; want %#x", want[i].Index, got[i].Data, want[i].Data)
 		}
 	}
@@ -292,14 +297,17 @@ func TestTSC(t *testing.T) {
 		must(t, err)
 		return e[0].Data
 	}
-	const ahead = 1 << 50 // days: more than this test takes
+	const (
+		ahead = 1 << 50 // days: more than this test takes
+		near  = 1 << 45 // hours: where the TSC is unstable KVM adjusts the offset whenever it looks
+	)
 	before := tsc()
 	must(t, m.cpu.SetTSCOffset(offset+ahead))
 	got, err := m.cpu.TSCOffset()
 	must(t, err)
 	moved := tsc()-before >= ahead
 	switch {
-	case got == offset+ahead && moved:
+	case got-(offset+ahead)+near < 2*near && moved:
 	case got == offset && !moved:
 		t.Log("this KVM takes a TSC offset and does not apply it: its guests see the host's TSC")
 	default:

@@ -63,6 +63,10 @@ func (vm *VM) SetClock(c ClockData) error {
 
 // CreateVCPU adds a vCPU, whose id is its APIC id. The VM's interrupt controller
 // must be there first.
+//
+// Interrupts find a vCPU through a table that the kernel makes anew when a local APIC
+// is written, and does not when a vCPU is created: without a SetLAPIC for one of
+// them the newest vCPU gets none, INIT and start-up included.
 func (vm *VM) CreateVCPU(id int) (*VCPU, error) {
 	var cpu *hype.VCPU
 	err := vm.do("KVM_CREATE_VCPU", func() (err error) {
