@@ -29,6 +29,7 @@ const (
 	maxWriteSame = 64 << 20     // a pattern has to be written out, which takes time
 	maxUnmap     = 1 << 30      // all descriptors of an UNMAP together
 	maxUnmapDesc = 256          // descriptors of an UNMAP
+	maxQuick     = 64 << 10     // READ without a worker: some microseconds of copying
 	granule      = uint32(4096) // bytes of a physical block: a page, and a block of any usual file system
 )
 
@@ -54,11 +55,14 @@ const (
 	transfers                       // that number is limited to maxTransfer
 	changes                         // the medium: refused by a read-only disk
 	thinOnly                        // exists only where blocks can be deallocated
+	quick                           // if short, is first tried without a worker
 	unmapBit                        // byte 1 bit 3 is UNMAP, which exists only there
 
 	// What a reservation held by others does to the command (SPC-5 5.14,
 	// SBC-4 4.16): refused if it is exclusive, or refused in any case.
-	// Without either it is always allowed.
+	// Without either it is always allowed. (Two commands depend on a bit that
+	// the table does not look at: START STOP UNIT without START and PREVENT
+	// ALLOW MEDIUM REMOVAL with PREVENT are refused in any case.)
 	reads
 	writes
 )
@@ -76,7 +80,7 @@ var commands = []command{
 	{cdb: []byte{scsi.OpRequestSense, 0x01, 0, 0, 0xff, 0},
 		flags: immediate | evenAttention, run: (*LUN).requestSense},
 	{cdb: []byte{scsi.OpRead6, 0x1f, 0xff, 0xff, 0xff, 0},
-		flags: medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
 	{cdb: []byte{scsi.OpWrite6, 0x1f, 0xff, 0xff, 0xff, 0},
 		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
 	{cdb: []byte{scsi.OpInquiry, 0x01, 0xff, 0xff, 0xff, 0},
@@ -88,13 +92,13 @@ var commands = []command{
 	{cdb: []byte{scsi.OpStartStopUnit, 0x01, 0, 0, 0x05, 0},
 		run: (*LUN).startStop},
 	{cdb: []byte{scsi.OpSendDiagnostic, 0x04, 0, 0, 0, 0},
-		flags: immediate | reads, run: (*LUN).nothing}, // the default self-test: nothing can be broken
+		flags: immediate | writes, run: (*LUN).nothing}, // the default self-test: nothing can be broken
 	{cdb: []byte{scsi.OpPreventAllowRemoval, 0, 0, 0, 0x03, 0},
 		flags: immediate, run: (*LUN).nothing}, // the medium cannot be removed
 	{cdb: []byte{scsi.OpReadCapacity10, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 		flags: immediate, run: (*LUN).readCapacity10},
 	{cdb: []byte{scsi.OpRead10, 0x18, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
-		flags: medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
 	{cdb: []byte{scsi.OpWrite10, 0x18, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
 		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
 	{cdb: []byte{scsi.OpVerify10, 0x12, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
@@ -110,7 +114,7 @@ var commands = []command{
 	{cdb: []byte{scsi.OpModeSense10, 0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0},
 		flags: immediate | reads, run: (*LUN).modeSense},
 	{cdb: []byte{scsi.OpRead16, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
 	{cdb: []byte{scsi.OpCompareAndWrite, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0xff, 0, 0},
 		flags: medium | blocks | changes | writes, run: (*LUN).compareAndWrite},
 	{cdb: []byte{scsi.OpWrite16, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
@@ -132,7 +136,7 @@ var commands = []command{
 	{cdb: []byte{scsi.OpMaintenanceIn, scsi.SAReportSupportedTMFs, 0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0},
 		flags: immediate | serviceAction | reads, run: (*LUN).reportTMFs},
 	{cdb: []byte{scsi.OpRead12, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
 	{cdb: []byte{scsi.OpWrite12, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
 		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
 }
@@ -291,6 +295,7 @@ type result struct {
 	hasInfo  bool
 	specific [3]byte // the sense-key specific field
 	conflict bool    // RESERVATION CONFLICT
+	again    bool    // a quick try came to nothing: nothing was done
 }
 
 func check(s scsi.Sense) result { return result{sense: s} }

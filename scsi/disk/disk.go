@@ -182,12 +182,28 @@ func (l *LUN) Limits() scsi.Limits {
 	return scsi.Limits{MaxTransfer: maxTransfer, MaxSegments: maxIovecs}
 }
 
-// Submit starts c. A command that needs no file is done before it returns.
+// Submit starts c. A command that needs no file, and a short READ of what is
+// in the page cache, are done before it returns: waking a worker takes longer.
 func (l *LUN) Submit(c *scsi.Command) {
 	if len(c.CDB) > 0 && (c.Attr == scsi.Simple || c.Attr == scsi.HeadOfQueue) {
-		if cmd := l.lookup(c.CDB); cmd == nil || cmd.flags&immediate != 0 {
+		cmd := l.lookup(c.CDB)
+		if cmd == nil || cmd.flags&immediate != 0 {
 			l.execute(nil, c)
 			return
+		}
+		if cmd.flags&quick != 0 && c.DataLen() <= maxQuick {
+			if w := l.tasks.claim(); w != nil {
+				w.quick = true
+				r := l.perform(w, c)
+				w.quick = false
+				if r.again {
+					w.wake <- c
+				} else {
+					l.answer(c, r)
+					l.tasks.release(w)
+				}
+				return
+			}
 		}
 	}
 	l.tasks.submit(c)

@@ -10,8 +10,9 @@ import (
 // Offsets and lengths are in bytes. Its methods may be called concurrently.
 type file interface {
 	// preadv and pwritev move as much as they can; a read answers 0 at the end
-	// of the file.
-	preadv(iov []unix.Iovec, off int64) (int, error)
+	// of the file. A read that is told to be quick reads no more than it finds
+	// in the page cache, and answers EAGAIN where that is nothing.
+	preadv(iov []unix.Iovec, off int64, quick bool) (int, error)
 	pwritev(iov []unix.Iovec, off int64) (int, error)
 	sync() error // fdatasync
 	fallocate(mode uint32, off, n int64) error
@@ -24,16 +25,20 @@ type file interface {
 // iovec array on the heap for each call.
 type osFile int
 
-func (f osFile) preadv(iov []unix.Iovec, off int64) (int, error) {
-	return f.vector(unix.SYS_PREADV, iov, off)
+func (f osFile) preadv(iov []unix.Iovec, off int64, quick bool) (int, error) {
+	var flags uintptr
+	if quick {
+		flags = unix.RWF_NOWAIT
+	}
+	return f.vector(unix.SYS_PREADV2, iov, off, flags)
 }
 
 func (f osFile) pwritev(iov []unix.Iovec, off int64) (int, error) {
-	return f.vector(unix.SYS_PWRITEV, iov, off)
+	return f.vector(unix.SYS_PWRITEV2, iov, off, 0)
 }
 
-// vector is preadv(2) or pwritev(2).
-func (f osFile) vector(call uintptr, iov []unix.Iovec, off int64) (int, error) {
+// vector is preadv2(2) or pwritev2(2).
+func (f osFile) vector(call uintptr, iov []unix.Iovec, off int64, flags uintptr) (int, error) {
 	if len(iov) == 0 {
 		return 0, nil
 	}
@@ -44,7 +49,7 @@ func (f osFile) vector(call uintptr, iov []unix.Iovec, off int64) (int, error) {
 		// and each entry's base and length were taken from one slice. Others
 		// may change guest memory meanwhile; the kernel copies it only once.
 		n, _, errno := unix.Syscall6(call, uintptr(f), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)),
-			uintptr(off), 0, 0) // the offset's upper half is for 32-bit machines
+			uintptr(off), 0, flags) // the offset's upper half is for 32-bit machines
 		switch errno {
 		case 0:
 			return int(n), nil

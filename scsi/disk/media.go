@@ -33,19 +33,19 @@ func size(segs [][]byte) int {
 }
 
 // lock waits until w may use e; l.ranges.unlock(w) gives it back.
-func (l *LUN) lock(w *worker, e extent, exclusive bool) {
+func (l *LUN) lock(w *worker, e extent, exclusive bool) (ok bool) {
 	off := uint64(l.offset(e.lba))
-	l.ranges.lock(w, off, off+uint64(l.bytes(e.n)), exclusive)
+	return l.ranges.lock(w, off, off+uint64(l.bytes(e.n)), exclusive)
 }
 
-// failed turns an error of the file into sense; io is what an I/O error is
+// failed turns an error of the file into sense; bad is what an I/O error is
 // called in this direction.
-func failed(err error, io scsi.Sense) result {
+func failed(err error, bad scsi.Sense) result {
 	var errno unix.Errno
 	if errors.As(err, &errno) {
 		switch errno {
 		case unix.EIO:
-			return check(io)
+			return check(bad)
 		case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
 			return check(noSpace)
 		case unix.EROFS, unix.EPERM:
@@ -53,12 +53,12 @@ func failed(err error, io scsi.Sense) result {
 		}
 		return check(scsi.InternalTargetFailed)
 	}
-	return check(io)
+	return check(bad)
 }
 
 // failedAt is failed with the byte of the disk at which it happened.
-func (l *LUN) failedAt(err error, io scsi.Sense, off int64) result {
-	r := failed(err, io)
+func (l *LUN) failedAt(err error, bad scsi.Sense, off int64) result {
+	r := failed(err, bad)
 	if r.sense.Key == scsi.MediumError {
 		r.info, r.hasInfo = l.lba(off), true
 	}
@@ -76,7 +76,7 @@ func (l *LUN) transfer(w *worker, segs [][]byte, skip, n int, off int64, write b
 		if write {
 			moved, err = l.file.pwritev(iov, off+int64(done))
 		} else {
-			moved, err = l.file.preadv(iov, off+int64(done))
+			moved, err = l.file.preadv(iov, off+int64(done), w.quick)
 		}
 		// The array is on the heap and must not keep addresses that may one
 		// day be unmapped, then belong to the heap: the garbage collector
@@ -155,15 +155,23 @@ func (l *LUN) expose() error {
 // gets as much as fits.
 func (l *LUN) read(w *worker, c *scsi.Command, e extent) result {
 	if c.CDB[0] != scsi.OpRead6 && c.CDB[1]&fuaField != 0 {
+		if w.quick {
+			return result{again: true}
+		}
 		if err := l.expose(); err != nil {
 			return failed(err, writeError)
 		}
 	}
 	n := min(l.bytes(e.n), size(c.DataIn))
-	l.lock(w, e, false)
+	if !l.lock(w, e, false) {
+		return result{again: true}
+	}
 	defer l.ranges.unlock(w)
 	off := l.offset(e.lba)
 	done, err := l.transfer(w, c.DataIn, 0, n, off, false)
+	if err != nil && w.quick { // not in the cache, or worse: a worker will see
+		return result{again: true}
+	}
 	if err != nil {
 		r := l.failedAt(err, readError, off+int64(done))
 		r.moved = done

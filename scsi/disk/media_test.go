@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"golang.org/x/sys/unix"
 
@@ -87,6 +88,62 @@ func TestReadWrite(t *testing.T) {
 			expect(t, do(t, l, synchronizeCache, nil, 0), "")
 		}
 	}
+}
+
+// TestQuickRead: a short READ of what is in the page cache is done when Submit
+// returns; no other is, nor one that a COMPARE AND WRITE is in the way of.
+func TestQuickRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &memFile{data: pattern(1, 1<<20)}
+		l := newMem(t, f, Options{})
+		do(t, l, synchronizeCache, nil, 0) // makes a worker
+		for _, test := range []struct {
+			name  string
+			cdb   []byte
+			cold  bool
+			taken bool // the blocks are
+			quick bool
+		}{
+			{name: "cached", cdb: read10(0, 8, 8), quick: true},
+			{name: "not cached", cdb: read10(0, 8, 8), cold: true},
+			{name: "FUA", cdb: read10(0x08, 8, 8)},
+			{name: "long", cdb: read10(0, 8, 129)},
+			{name: "in the way", cdb: read10(0, 8, 8), taken: true},
+			{name: "cached, again", cdb: read10(0, 8, 8), quick: true},
+		} {
+			n := int(test.cdb[8]) * 512
+			c := &scsi.Command{CDB: test.cdb, DataIn: pieces(make([]byte, n))}
+			done := false
+			c.Done = func(*scsi.Command) { done = true }
+			var other worker
+			if test.taken {
+				l.ranges.lock(&other, 4200, 4300, true)
+			}
+			f.cold = test.cold
+			gate := make(chan struct{}) // no worker ends a command by chance
+			l.tasks.run = func(w *worker, c *scsi.Command) {
+				<-gate
+				l.execute(w, c)
+			}
+			l.Submit(c)
+			if done != test.quick {
+				t.Errorf("%s: done when Submit returned: %v; want %v", test.name, done, test.quick)
+			}
+			close(gate)
+			synctest.Wait()
+			if done == test.taken {
+				t.Errorf("%s: done: %v", test.name, done)
+			}
+			if test.taken {
+				l.ranges.unlock(&other)
+				synctest.Wait()
+			}
+			if !done || !bytes.Equal(dataIn(c), f.data[8*512:8*512+n]) {
+				t.Errorf("%s: done: %v, or not what is there", test.name, done)
+			}
+		}
+		l.Close()
+	})
 }
 
 // TestRead6Of256 is the one length that is not what it says.
@@ -189,7 +246,7 @@ func TestWriteSame(t *testing.T) {
 		}
 		same(scsi.OpWriteSame10, 0, 1, 1, block)
 		same(scsi.OpWriteSame16, 0, 3, 9000, block) // more than one system call
-		f.most = 1000                                // the kernel moves less than it was asked
+		f.most = 1000                               // the kernel moves less than it was asked
 		same(scsi.OpWriteSame16, 0, 5, 300, pattern(4, 512))
 		f.most = 0
 		same(scsi.OpWriteSame16, 0, 10, 50, make([]byte, 512))
@@ -292,6 +349,74 @@ func TestCompareAndWriteIsAtomic(t *testing.T) {
 	if got != nexuses*each {
 		t.Errorf("counted to %d; want %d", got, nexuses*each)
 	}
+}
+
+// TestConcurrentUse has several hosts' worth of everything at once. Each has
+// blocks of its own and must find there what it wrote last.
+func TestConcurrentUse(t *testing.T) {
+	const each = 64
+	path := image(t, 1<<20)
+	l := openDisk(t, path, Options{})
+	l.flusher.sync = func() error { return nil }
+	// send repeats a command that a reset got in the way of.
+	send := func(cdb, out []byte, in int) *scsi.Command {
+		for {
+			c := do(t, l, cdb, out, in)
+			switch s, _ := scsi.ParseSense(c.Sense[:c.SenseLen]); {
+			case c.Outcome == scsi.Completed && c.Status == scsi.Good:
+				return c
+			case c.Outcome == scsi.ResetOccurred, s.Key == scsi.UnitAttention:
+			default:
+				t.Errorf("% x: %v, %v, %v", cdb, c.Outcome, c.Status, s)
+				return c
+			}
+		}
+	}
+	var hosts, disturbance sync.WaitGroup
+	over := make(chan struct{})
+	disturbance.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-over:
+				return
+			default:
+			}
+			if err := l.Reset(); err != nil {
+				t.Error(err)
+			}
+			if _, err := l.Rescan(); err != nil {
+				t.Error(err)
+			}
+			send(modeSelect, [][]byte{cacheOff, cacheOn}[i%2], 0)
+		}
+	})
+	for host := range 6 {
+		hosts.Go(func() {
+			lba := uint32(host * each)
+			want := make([]byte, each*512)
+			for i := range 40 {
+				switch i % 4 {
+				case 0, 1:
+					want = pattern(host+i, len(want))
+					send(write10(byte(i&2)<<2, lba, each), want, 0)
+				case 2:
+					block := pattern(i, 512)
+					send(cdb10(scsi.OpWriteSame10, 0, lba, each/2), block, 0)
+					copy(want, bytes.Repeat(block, each/2))
+				case 3:
+					send(cdb16(scsi.OpWriteSame16, ndobField, uint64(lba), 3), nil, 0)
+					clear(want[:3*512])
+				}
+				if got := dataIn(send(read10(0, lba, each), nil, len(want))); !bytes.Equal(got, want) {
+					t.Errorf("host %d, round %d: not what it wrote", host, i)
+					return
+				}
+			}
+		})
+	}
+	hosts.Wait()
+	close(over)
+	disturbance.Wait()
 }
 
 // TestDurability counts what is brought to the medium when.

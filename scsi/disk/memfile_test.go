@@ -22,6 +22,7 @@ type memFile struct {
 	onWrite func(off int64) error
 	onSync  func() error // called without the lock held
 	noHoles bool         // fallocate is not supported
+	cold    bool         // nothing is in the page cache
 	syncs   int
 }
 
@@ -60,7 +61,10 @@ func (f *memFile) move(iov []unix.Iovec, off int64, on func(int64) error, write 
 	return moved, nil
 }
 
-func (f *memFile) preadv(iov []unix.Iovec, off int64) (int, error) {
+func (f *memFile) preadv(iov []unix.Iovec, off int64, quick bool) (int, error) {
+	if quick && f.cold {
+		return 0, unix.EAGAIN
+	}
 	return f.move(iov, off, f.onRead, false)
 }
 

@@ -22,6 +22,7 @@ type worker struct {
 	iov     []unix.Iovec // all zero between commands: see LUN.transfer
 	scratch []byte       // made when first asked for
 	segs    [64][]byte   // names scratch, for commands that move it
+	quick   bool         // the goroutine of Submit runs the command: nothing may wait
 }
 
 // buffer is scratchLen bytes for the current command.
@@ -80,6 +81,29 @@ func (q *queue) submit(c *scsi.Command) {
 	q.n++
 	q.dispatch()
 	q.mu.Unlock()
+}
+
+// claim takes an idle worker for a SIMPLE or HEAD OF QUEUE command that
+// could start at once, so that its caller runs the command; nil if there is
+// none. The caller either releases the worker, or wakes it with the command.
+func (q *queue) claim() *worker {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := len(q.idle)
+	if n == 0 || q.n > 0 || q.draining || q.ordered || q.closed || q.active == maxWorkers {
+		return nil
+	}
+	w := q.idle[n-1]
+	q.idle = q.idle[:n-1]
+	q.active++
+	return w
+}
+
+// release ends the command of a worker that was claimed.
+func (q *queue) release(w *worker) {
+	if c := q.finish(w, false); c != nil {
+		w.wake <- c
+	}
 }
 
 // next takes the first waiting command if it may start now. q.mu is held.

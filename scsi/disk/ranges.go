@@ -24,15 +24,21 @@ func (r *ranges) init() {
 	r.held = make([]byteRange, 0, maxWorkers)
 }
 
-// lock waits until owner may use the bytes off to end-1. An owner has at most
-// one range, which is why waiting for earlier ones cannot end in a circle.
-func (r *ranges) lock(owner *worker, off, end uint64, exclusive bool) {
+// lock waits until owner may use the bytes off to end-1; an owner that is to
+// be quick does not wait, and then ok is false. An owner has at most one
+// range, which is why waiting for earlier ones cannot end in a circle.
+func (r *ranges) lock(owner *worker, off, end uint64, exclusive bool) (ok bool) {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.held = append(r.held, byteRange{owner, off, end, exclusive})
 	for r.blocked(owner) {
+		if owner.quick {
+			r.held = r.held[:len(r.held)-1]
+			return false
+		}
 		r.free.Wait()
 	}
-	r.mu.Unlock()
+	return true
 }
 
 func (r *ranges) blocked(owner *worker) bool {
