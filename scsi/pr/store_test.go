@@ -1,0 +1,337 @@
+package pr
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"vmm/scsi"
+)
+
+// A process started with this variable set is the victim of TestKill.
+const childEnv = "VMM_PR_TEST_IMAGE"
+
+func TestMain(m *testing.M) {
+	if image := os.Getenv(childEnv); image != "" {
+		if err := child(image); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func nexusOf(t testing.TB, name string) Nexus {
+	t.Helper()
+	n, err := NamedNexus(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func open(t testing.TB, image, name string) *File {
+	t.Helper()
+	f, err := Open(image, nexusOf(t, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func do(t testing.TB, f *File, o Out, want Answer) {
+	t.Helper()
+	_, a, err := f.Execute(o.Encode())
+	if err != nil || a != want {
+		t.Fatalf("%+v: %v, %v; want %v", o, a, err, want)
+	}
+}
+
+func enter(t testing.TB, f *File, cdb []byte, want Answer) {
+	t.Helper()
+	a, err := f.Enter(cdb)
+	if err != nil || a != want {
+		t.Fatalf("% x: %v, %v; want %v", cdb, a, err, want)
+	}
+	if a.OK() {
+		f.Exit()
+	}
+}
+
+// Two open files are to each other what two processes are: flock knows no
+// process.
+func TestFileShared(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	a, b := open(t, image, "host1:web1"), open(t, image, "host2:web1")
+	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
+	do(t, a, Out{Action: Register, ServiceKey: keyA, APTPL: true}, good)
+	enter(t, b, write, good)
+	do(t, a, Out{Action: Reserve, Key: keyA, Type: WriteExclusiveRegistrantsOnly}, good)
+	enter(t, a, write, good)
+	enter(t, b, write, conflict)
+	enter(t, b, []byte{scsi.OpRead10, 0, 0, 0, 0, 0, 0, 0, 1, 0}, good)
+	do(t, b, Out{Action: Register, ServiceKey: keyB}, good)
+	enter(t, b, write, good)
+	do(t, b, Out{Action: Preempt, Key: keyB, ServiceKey: keyA, Type: WriteExclusiveRegistrantsOnly}, good)
+	enter(t, a, write, check(RegistrationsPreempted))
+	enter(t, a, write, conflict)
+	enter(t, b, write, good)
+
+	// All of it survives everybody's leaving, and is found by the same name.
+	again := open(t, image, "host2:web1")
+	data, answer, err := again.Execute(In{ReadFullStatus, 8192}.CDB(), nil)
+	if err != nil || !answer.OK() {
+		t.Fatal(answer, err)
+	}
+	st, err := ParseFullStatus(data)
+	if err != nil || len(st.Registrations) != 1 || st.Registrations[0].Nexus != again.Nexus() || !st.Registrations[0].Holder {
+		t.Fatalf("after opening it again: %+v, %v", st, err)
+	}
+	do(t, again, Out{Action: Release, Key: keyB, Type: WriteExclusiveRegistrantsOnly}, good)
+	enter(t, a, write, good)
+
+	// SPC-2 reservations do not survive their nexus.
+	do(t, again, Out{Action: Clear, Key: keyB}, good)
+	if _, r, err := a.Execute([]byte{scsi.OpReserve6, 0, 0, 0, 0, 0}, nil); err != nil || !r.OK() {
+		t.Fatal(r, err)
+	}
+	enter(t, b, write, conflict)
+	open(t, image, "host1:web1")
+	enter(t, b, write, good)
+	if err := a.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	enter(t, b, write, check(scsi.PowerOnOccurred))
+}
+
+// A PREEMPT is answered only when no write that the old reservation allowed
+// is running any more, in whatever process; and it is not starved by a stream
+// of them.
+func TestFileOrdersWritesBeforePreempt(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	a, b := open(t, image, "a"), open(t, image, "b")
+	do(t, a, Out{Action: Register, ServiceKey: keyA}, good)
+	do(t, a, Out{Action: Reserve, Key: keyA, Type: WriteExclusiveRegistrantsOnly}, good)
+	do(t, b, Out{Action: Register, ServiceKey: keyB}, good)
+	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
+
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	running, preempted, bad := 0, false, false
+	began := make(chan bool, 16)
+	for range 4 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				answer, err := a.Enter(write)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if !answer.OK() {
+					return // fenced
+				}
+				mu.Lock()
+				running++
+				bad = bad || preempted
+				mu.Unlock()
+				if i == 0 {
+					began <- true
+				}
+				mu.Lock()
+				running--
+				mu.Unlock()
+				a.Exit()
+			}
+		})
+	}
+	for range 4 {
+		<-began
+	}
+	do(t, b, Out{Action: Preempt, Key: keyB, ServiceKey: keyA, Type: WriteExclusiveRegistrantsOnly}, good)
+	mu.Lock()
+	bad = bad || running > 0
+	preempted = true
+	mu.Unlock()
+	wg.Wait()
+	if bad {
+		t.Error("a write was running when its PREEMPT had been answered")
+	}
+}
+
+func TestFileDamaged(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	a := open(t, image, "a")
+	do(t, a, Out{Action: Register, ServiceKey: keyA}, good)
+	whole, err := os.ReadFile(image + ".pr")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, damaged := range [][]byte{
+		{}, whole[:len(whole)/2], whole[:len(whole)-1], append(bytes.Clone(whole), '\n'),
+		bytes.Replace(whole, []byte("Generation"), []byte("generation"), 1),
+		bytes.Replace(whole, []byte(`"Key": 170`), []byte(`"Key": 171`), 1),
+		[]byte(stateMagic + strings.Repeat("0", 64) + "\n{}"),
+		sealed(stateMagic, []byte(`{"Type": 1, "Holder": 0, "SPC2": -1}`)),
+		sealed(stateMagic, []byte(`{"Type": 1, "Holder": -1, "SPC2": -1}`)),
+		sealed(stateMagic, []byte(`{"Type": 0, "Holder": -1, "SPC2": -1, "Extra": 1}`)),
+	} {
+		if bytes.Equal(damaged, whole) {
+			t.Fatal("the damage is none")
+		}
+		if err := os.WriteFile(image+".pr", damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if f, err := Open(image, nexusOf(t, "b")); err == nil {
+			f.Close()
+			t.Errorf("%q was believed", damaged)
+		}
+	}
+	// What a crash leaves half written beside it is not looked at.
+	if err := os.WriteFile(image+".pr", whole, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(image+".pr.new", whole[:10], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b := open(t, image, "b")
+	if tg, err := b.Target(); err != nil || tg.Key(a.Nexus()) != keyA {
+		t.Errorf("state beside a torn write: %v, %v", tg, err)
+	}
+}
+
+func TestNamedNexus(t *testing.T) {
+	for name, want := range map[string]string{
+		"host1:web1":          "iscsi iqn.2026-01.invalid.vmm:host1:web1",
+		"iqn.2003-01.a:b":     "iscsi iqn.2003-01.a:b",
+		"eui.02004567a425678": "iscsi eui.02004567a425678",
+	} {
+		if got := nexusOf(t, name).Initiator.String(); got != want {
+			t.Errorf("NamedNexus(%q) = %q; want %q", name, got, want)
+		}
+	}
+	for _, name := range []string{"", "a\x00b", strings.Repeat("x", 300)} {
+		if n, err := NamedNexus(name); err == nil {
+			t.Errorf("NamedNexus(%q) = %v; want an error", name, n)
+		}
+	}
+}
+
+func TestEnterDoesNotAllocate(t *testing.T) {
+	f := open(t, filepath.Join(t.TempDir(), "disk.img"), "a")
+	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
+	if n := testing.AllocsPerRun(100, func() { enter(t, f, write, good) }); n != 0 {
+		t.Errorf("%v allocations per command; want 0", n)
+	}
+}
+
+// killScript is what the victim does over and over; every prefix of it gives
+// another state.
+func killScript() []Out {
+	return []Out{
+		{Action: RegisterAndIgnoreExistingKey, ServiceKey: keyA, APTPL: true},
+		{Action: Reserve, Key: keyA, Type: WriteExclusiveRegistrantsOnly},
+		{Action: Register, Key: keyA, ServiceKey: keyB},
+		{Action: Preempt, Key: keyB, ServiceKey: keyB, Type: ExclusiveAccess},
+		{Action: PreemptAndAbort, Key: keyB, ServiceKey: keyC, Type: ExclusiveAccess},
+		{Action: RegisterAndMove, Key: keyB, ServiceKey: keyA, MoveTo: nexC},
+		{Action: Release, Key: keyB, Type: ExclusiveAccess},
+		{Action: Clear, Key: keyB},
+	}
+}
+
+// child carries out the script for ever, and says so after each command.
+func child(image string) error {
+	self, err := NamedNexus("victim")
+	if err != nil {
+		return err
+	}
+	f, err := Open(image, self)
+	if err != nil {
+		return err
+	}
+	for {
+		for _, o := range killScript() {
+			if _, _, err := f.Execute(o.Encode()); err != nil {
+				return err
+			}
+			if _, err := os.Stdout.WriteString("answered\n"); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// However a process is killed, the state is one that a prefix of its commands
+// produces, and not a shorter one than it has had answers for.
+func TestKill(t *testing.T) {
+	rounds := 25
+	if *deep {
+		rounds = 200
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := killScript()
+	for round := range rounds {
+		image := filepath.Join(t.TempDir(), "disk.img")
+		other := open(t, image, "bystander")
+		do(t, other, Out{Action: Register, ServiceKey: keyC}, good)
+		model := NewTarget(Quirks{})
+		model.Do(other.Nexus(), &Out{Action: Register, ServiceKey: keyC})
+
+		cmd := exec.Command(exe, "-test.run=^$")
+		cmd.Env = append(os.Environ(), childEnv+"="+image)
+		cmd.Stderr = os.Stderr
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		answers := bufio.NewScanner(out)
+		for range 1 + round%17 {
+			if !answers.Scan() {
+				t.Fatal("the victim said nothing more")
+			}
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		answered := 1 + round%17
+		for answers.Scan() { // what it had said before it died
+			answered++
+		}
+		cmd.Wait()
+
+		got, err := other.Target()
+		if err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		victim := nexusOf(t, "victim")
+		model.port(victim)
+		model.LoseNexus(victim)
+		ok := false
+		// One command may have taken effect without its answer coming out.
+		for i := range answered + 1 {
+			cdb, list := script[i%len(script)].Encode()
+			model.Execute(victim, cdb, list)
+			if i >= answered-1 && fmt.Sprint(got.Status()) == fmt.Sprint(model.Status()) {
+				ok = true
+				break
+			}
+		}
+		if !ok {
+			t.Fatalf("round %d, %d answers: the state is %+v; the whole script would give %+v", round, answered, got.Status(), model.Status())
+		}
+	}
+}
