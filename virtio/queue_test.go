@@ -596,7 +596,7 @@ func TestNoWakeUpIsLost(t *testing.T) {
 }
 
 func stress(t *testing.T, features uint64, completers int) {
-	const size, requests = 4, 6000
+	const size, requests = 4, 2500
 	r := newRig(t, size, features)
 	irq, err := sys.NewEventFD()
 	if err != nil {

@@ -38,8 +38,8 @@ type Device interface {
 	ReadConfig(off uint32, p []byte)
 	WriteConfig(off uint32, p []byte)
 
-	// Start begins work: the driver has set DRIVER_OK. An error means that
-	// the device cannot work and needs a reset.
+	// Start begins work: the driver has set DRIVER_OK, whose vCPU waits. An
+	// error means that the device cannot work and needs a reset.
 	Start(Activation) error
 
 	// Quiesce stops taking requests from the queues and waits until none is
@@ -51,7 +51,8 @@ type Device interface {
 	// Stop ends what Start began, waits for requests in flight, forgets the
 	// queues and sets configuration fields the driver wrote to their reset
 	// value. It is also called after a failed Start and on a device that is
-	// quiesced; on one that is not started it only resets.
+	// quiesced; on one that is not started it only resets, which takes no
+	// time because a vCPU waits.
 	Stop()
 }
 
