@@ -56,11 +56,12 @@ const (
 
 // Required are the capabilities without which a guest cannot be booted and
 // migrated. What is missing from newer ones has a fallback: SREGS2 and XSAVE2 their
-// older forms, TSC_CONTROL and VCPU_ATTRIBUTES a kvm-clock guest.
+// older forms, TSC_CONTROL and VCPU_ATTRIBUTES a kvm-clock guest. XCRS is not there on a
+// processor without XSAVE, which has no extended control registers.
 var Required = []Cap{
 	CapUserMemory, CapIRQChip, CapIRQRouting, CapIRQFD, CapIOEventFD, CapIOEventFDAnyLength, CapSignalMSI,
 	CapPIT2, CapPITState2, CapSetTSSAddr, CapSetIdentityMapAddr, CapExtCPUID,
-	CapMPState, CapVCPUEvents, CapDebugRegs, CapXSave, CapXCRs, CapAdjustClock, CapKVMClockCtrl, CapGetTSCKHz,
+	CapMPState, CapVCPUEvents, CapDebugRegs, CapXSave, CapAdjustClock, CapKVMClockCtrl, CapGetTSCKHz,
 	CapImmediateExit, CapEnableCapVM, CapCheckExtensionVM, CapManualDirtyLogProtect2,
 }
 

@@ -147,11 +147,18 @@ func (c *VCPU) SetXSave(state []byte) error {
 	return with(err, "vcpu %d", c.id)
 }
 
-// XCRs reads the extended control registers (KVM api 4.44).
+// XCRs reads the extended control registers (KVM api 4.44): none on a host without
+// XSAVE.
 func (c *VCPU) XCRs() (XCRs, error) { return read[XCRs](c, reqGetXCRs) }
 
-// SetXCRs writes them (KVM api 4.45).
-func (c *VCPU) SetXCRs(x *XCRs) error { return write(c, reqSetXCRs, x) }
+// SetXCRs writes them (KVM api 4.45). A host without XSAVE refuses even none, so none is
+// nothing to do.
+func (c *VCPU) SetXCRs(x *XCRs) error {
+	if x.N == 0 {
+		return nil
+	}
+	return write(c, reqSetXCRs, x)
+}
 
 // Events reads what is on its way into the vCPU (KVM api 4.31).
 func (c *VCPU) Events() (VCPUEvents, error) { return read[VCPUEvents](c, reqGetVCPUEvents) }

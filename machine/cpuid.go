@@ -115,10 +115,12 @@ func guestCPUID(supported []kvm.CPUIDEntry2, model CPUModel, tscDeadline bool) (
 	entries := make([]kvm.CPUIDEntry2, len(supported))
 	copy(entries, supported)
 
-	if tscDeadline {
-		// KVM does not put this bit into KVM_GET_SUPPORTED_CPUID; the
-		// capability says it (KVM api 4.46).
-		if r := register(entries, leaf1C); r != nil {
+	// Two bits are true though KVM_GET_SUPPORTED_CPUID does not have them: the
+	// guest runs under a hypervisor (without it no guest looks for kvm-clock),
+	// and the TSC deadline timer, which a capability tells (KVM api 4.46).
+	if r := register(entries, leaf1C); r != nil {
+		*r |= 1 << 31
+		if tscDeadline {
 			*r |= 1 << 24
 		}
 	}

@@ -13,7 +13,7 @@ func rich() []kvm.CPUIDEntry2 {
 	const all = ^uint32(0)
 	return []kvm.CPUIDEntry2{
 		{Function: 0, EAX: 0x1f},
-		{Function: 1, EAX: 0x806f8, EBX: 0x12345678, ECX: all &^ (1 << 24), EDX: all},
+		{Function: 1, EAX: 0x806f8, EBX: 0x12345678, ECX: all &^ (1<<24 | 1<<31), EDX: all},
 		{Function: 4, Index: 0, Flags: 1, EAX: 1 | 1<<5 | 7<<26 | 3<<14},
 		{Function: 4, Index: 3, Flags: 1, EAX: 3 | 3<<5 | 7<<26 | 3<<14},
 		{Function: 4, Index: 4, Flags: 1},

@@ -215,6 +215,10 @@ func (m *Machine) createVCPUs(system *kvm.System) error {
 		if err != nil {
 			return err
 		}
+		firmware(fresh.MSRs)
+		if err := cpu.SetMSRs(fresh.MSRs); err != nil {
+			return err
+		}
 		m.vcpus = append(m.vcpus, &vcpu{m: m, cpu: cpu})
 		m.freshVCPUs = append(m.freshVCPUs, fresh)
 	}
