@@ -25,7 +25,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: demo DIRECTORY (that tests/e2e/stage has filled)")
 		os.Exit(2)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 9*time.Minute)
 	defer cancel()
 	if err := demo(ctx, os.Args[1]); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)

@@ -105,8 +105,14 @@ func (o *output) wait(done <-chan struct{}, f func(string) bool) error {
 // start runs vmm with args and does not wait for anything.
 func start(t *testing.T, args ...string) *vm {
 	t.Helper()
+	return launch(t, filepath.Join(stage, "vmm"), args...)
+}
+
+// launch runs a monitor, ours or another one.
+func launch(t *testing.T, program string, args ...string) *vm {
+	t.Helper()
 	v := &vm{t: t, console: newOutput(), stderr: newOutput(), exited: make(chan struct{})}
-	v.cmd = exec.Command(filepath.Join(stage, "vmm"), args...)
+	v.cmd = exec.Command(program, args...)
 	v.cmd.Stdout, v.cmd.Stderr = v.console, v.stderr
 	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := v.cmd.Start(); err != nil {
@@ -124,7 +130,7 @@ func start(t *testing.T, args ...string) *vm {
 		v.cmd.Process.Kill()
 		<-v.exited
 		if t.Failed() {
-			t.Logf("vmm %s\nstderr:\n%s\nend of the guest's console:\n%s", strings.Join(args, " "), v.stderr, tail(v.console.String(), 60))
+			t.Logf("%s %s\nstderr:\n%s\nend of the guest's console:\n%s", program, strings.Join(args, " "), v.stderr, tail(v.console.String(), 60))
 		}
 	})
 	return v
