@@ -253,7 +253,7 @@ func osc() aml {
 	status, control := amlName("CDW1"), amlName("CDW3")
 	return method("_OSC", 4,
 		dwordField(arg(3), 0, "CDW1"),
-		when(equal(arg(0), uuid("33db4d5b-1f7a-401c-9657-7441c03dd766")),
+		when(equal(arg(0), uuid("33db4d5b-1ff7-401c-9657-7441c03dd766")),
 			dwordField(arg(3), 8, "CDW3"),
 			when(not(equal(arg(1), amlInteger(1))), or(status, amlInteger(unknownRevision), status)),
 			and(control, amlInteger(capabilities), local(0)),

@@ -29,9 +29,11 @@ const (
 	pm1TMR    = 1 << 0
 	pm1GBL    = 1 << 5
 	pm1PWRBTN = 1 << 8
+	pm1SLPBTN = 1 << 9
+	pm1RTC    = 1 << 10
 
 	pm1Status = pm1TMR | pm1GBL | pm1PWRBTN // write one to clear
-	pm1Enable = pm1GBL | pm1PWRBTN
+	pm1Enable = pm1GBL | pm1PWRBTN | pm1SLPBTN | pm1RTC
 
 	pm1SCIEn  = 1 << 0
 	pm1BMRld  = 1 << 1
@@ -41,7 +43,8 @@ const (
 
 // PM is the ACPI fixed hardware: the PM1a registers, the power button and the
 // PM timer. Its timer does not interrupt (TMR_EN reads as 0): the carry is
-// there to be polled in TMR_STS.
+// there to be polled in TMR_STS. The events of a sleep button and of the RTC
+// can be enabled, as drivers do without asking, and never come.
 type PM struct {
 	sci      func(level bool)
 	poweroff func()
