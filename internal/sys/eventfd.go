@@ -92,7 +92,8 @@ func (e *EventFD) Pending() bool {
 	}
 }
 
-// Drain takes the count if it is not zero; it never blocks.
+// Drain takes the count if it is not zero. It does not block as long as the
+// caller is the only reader.
 func (e *EventFD) Drain() uint64 {
 	if !e.Pending() {
 		return 0
