@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -817,6 +818,25 @@ func TestLabPermission(t *testing.T) {
 	})
 }
 
+func TestLabExclusiveSgNode(t *testing.T) {
+	bothWays(t, func() {}, func(t *testing.T, b bench) {
+		fd, err := unix.Open(b.B.SG, unix.O_RDWR|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		l, err := Open(b.B.SG, Options{VM: "x", RunDir: t.TempDir()})
+		if b.root {
+			if err != nil { // goes by the block node
+				t.Fatal(err)
+			}
+			l.Close()
+		} else if want := "in use: another program has " + b.B.SG + " open exclusively"; !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), want) {
+			t.Errorf("Open = %v, %v; want %q", l, err, want)
+		}
+	})
+}
+
 func BenchmarkLabRead(b *testing.B) {
 	lab := lab(b)
 	if lab.root {
@@ -831,20 +851,46 @@ func BenchmarkLabRead(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				free := make(chan *scsi.Command, depth)
+				// As the controller does it: a thread that sleeps on an eventfd.
+				runtime.LockOSThread()
+				defer runtime.UnlockOSThread()
+				ended, err := sys.NewEventFD()
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer ended.Close()
+				var mu sync.Mutex
+				var free []*scsi.Command
 				for buf := range slices.Chunk(m.Bytes(), 4096) {
-					free <- &scsi.Command{CDB: read10(0, 8), DataIn: [][]byte{buf}, Done: func(c *scsi.Command) { free <- c }}
+					free = append(free, &scsi.Command{CDB: read10(0, 8), DataIn: [][]byte{buf}, Done: func(c *scsi.Command) {
+						mu.Lock()
+						free = append(free, c)
+						mu.Unlock()
+						ended.Signal()
+					}})
+				}
+				take := func() *scsi.Command {
+					for {
+						mu.Lock()
+						if n := len(free); n > 0 {
+							c := free[n-1]
+							free = free[:n-1]
+							mu.Unlock()
+							if c.Err() != nil {
+								b.Fatal(c.Err())
+							}
+							return c
+						}
+						mu.Unlock()
+						ended.Wait()
+					}
 				}
 				b.ReportAllocs()
 				for b.Loop() {
-					c := <-free
-					if c.Err() != nil {
-						b.Fatal(c.Err())
-					}
-					l.Submit(c)
+					l.Submit(take())
 				}
 				for range depth {
-					<-free
+					take()
 				}
 				b.ReportMetric(float64(len(l.workers)), "workers")
 			})

@@ -4,7 +4,7 @@
 // Which way a command takes is settled at Open. A process with CAP_SYS_RAWIO
 // uses the block node: its SG_IO works on the guest's memory without a copy.
 // Any other, and any LUN without a block node, uses /dev/sgN by write and
-// read, with one copy in the kernel (see sgPath for why not by SG_IO). Either
+// read, with one copy in the kernel (see sgRoute for why not by SG_IO). Either
 // way a command occupies one OS thread until it ends, so a slow one delays no
 // other, and is sent exactly once.
 package sg
@@ -50,8 +50,8 @@ type LUN struct {
 	// CAPACITY that came by said.
 	blockSize atomic.Uint32
 
-	slots   slots
-	newPath func() (path, error) // for one more worker
+	slots    slots
+	newRoute func() (route, error) // each worker has its own
 
 	mu       sync.Mutex
 	backlog  fifo      // commands that no worker has taken yet
@@ -68,10 +68,10 @@ type LUN struct {
 
 // worker is a thread that carries one command at a time.
 type worker struct {
-	lun  *LUN
-	path path
-	slot *slotMem
-	wake *sys.EventFD
+	lun   *LUN
+	route route
+	slot  *slotMem
+	wake  *sys.EventFD
 }
 
 // start makes the first worker, so that whatever can fail has failed before a
@@ -96,14 +96,14 @@ func (l *LUN) spawn(idle bool) error {
 		defer l.exited.Done()
 		defer wake.Close()
 		runtime.LockOSThread() // ends with the goroutine, and the thread with it
-		// The path is opened by the thread that uses it: an sg node refuses
+		// The route is opened by the thread that uses it: an sg node refuses
 		// reads and writes under other credentials than those it was opened
 		// with, and where they changed since the process began, every thread
 		// has its own.
-		p, err := l.newPath()
+		p, err := l.newRoute()
 		if err == nil {
 			defer p.close()
-			w.path = p
+			w.route = p
 			l.mu.Lock()
 			l.workers = append(l.workers, w)
 			if idle {
@@ -290,7 +290,7 @@ func residual(h *ioHdr) uint32 {
 // ENOMEM are its way of saying later. It gives up when the command's own
 // timeout is over.
 func (w *worker) send(h *ioHdr) unix.Errno {
-	e := w.path.do(h)
+	e := w.route.do(h)
 	if !refused(e) {
 		return e
 	}
@@ -301,7 +301,7 @@ func (w *worker) send(h *ioHdr) unix.Errno {
 		l.mu.Lock()
 		l.waiting = append(l.waiting, w)
 		l.mu.Unlock()
-		e = w.path.do(h)
+		e = w.route.do(h)
 		again := refused(e) && time.Now().Before(end)
 		if again {
 			wait(w.wake.FD(), int(roomPause/time.Millisecond))

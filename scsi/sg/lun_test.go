@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,12 +18,12 @@ import (
 	"vmm/scsi"
 )
 
-// fakePath is a device that lives in a function. It sees each command as the
+// fakeRoute is a device that lives in a function. It sees each command as the
 // kernel would: through the header's addresses.
-type fakePath func(h *ioHdr) unix.Errno
+type fakeRoute func(h *ioHdr) unix.Errno
 
-func (f fakePath) do(h *ioHdr) unix.Errno { return f(h) }
-func (fakePath) close()                   {}
+func (f fakeRoute) do(h *ioHdr) unix.Errno { return f(h) }
+func (fakeRoute) close()                   {}
 
 // at is what the address in p points to; p is the address of that field.
 func at(p *uintptr) *byte { return (*byte)(*(*unsafe.Pointer)(unsafe.Pointer(p))) }
@@ -52,8 +53,8 @@ func newLUN(t testing.TB, do func(h *ioHdr) unix.Errno) *LUN {
 	t.Helper()
 	l := &LUN{
 		fd: -1, timeout: 1000, maxPages: 8,
-		limits:  scsi.Limits{MaxTransfer: 8 * 4096, MaxSegments: 8},
-		newPath: func() (path, error) { return fakePath(do), nil },
+		limits:   scsi.Limits{MaxTransfer: 8 * 4096, MaxSegments: 8},
+		newRoute: func() (route, error) { return fakeRoute(do), nil },
 	}
 	l.blockSize.Store(512)
 	var err error
@@ -325,7 +326,7 @@ func TestAnEndedCommandWakesTheRefused(t *testing.T) {
 
 func TestWorkersThatCannotBeMadeAreDoneWithout(t *testing.T) {
 	l := newLUN(t, func(h *ioHdr) unix.Errno { return 0 })
-	l.newPath = func() (path, error) { return nil, errors.New("out of descriptors") }
+	l.newRoute = func() (route, error) { return nil, errors.New("out of descriptors") }
 	var all sync.WaitGroup
 	for range 300 {
 		all.Add(1)
@@ -468,6 +469,65 @@ func TestCDBLen(t *testing.T) {
 	if got := cdbLen(variable[:7]); got != 0 {
 		t.Errorf("cdbLen(7 bytes of 7Fh) = %d; want 0", got)
 	}
+}
+
+// FuzzSubmit sends what a guest may put into a request: any CDB, any lengths.
+// A command is done once, and sent as it is or refused.
+func FuzzSubmit(f *testing.F) {
+	f.Add([]byte{scsi.OpRead10, 0, 0, 0, 0, 1, 0, 0, 8, 0}, uint32(4096), uint16(512), true)
+	f.Add([]byte{scsi.OpVariableLength, 0, 0, 0, 0, 0, 0, 0x18, 31: 0}, uint32(32768), uint16(4096), false)
+	f.Add([]byte{scsi.OpInquiry, 1, 0xb0, 0, 64, 0}, uint32(64), uint16(10), true)
+	f.Add([]byte{0xc1, 0, 0, 0, 0, 0, 0}, uint32(32769), uint16(1), true)
+	f.Add([]byte{}, uint32(0), uint16(0), true)
+	pattern := make([]byte, 1<<16)
+	for i := range pattern {
+		pattern[i] = byte(i * 7)
+	}
+	var sent, data []byte
+	sends := 0
+	l := newLUN(f, func(h *ioHdr) unix.Errno {
+		sends++
+		sent, data = bytes.Clone(sentCDB(h)), data[:0]
+		if h.dxferLen > 0 {
+			for _, b := range sentData(h) {
+				if h.direction == dxferFromDev {
+					copy(b, pattern[len(data):])
+				}
+				data = append(data, b...)
+			}
+		}
+		return 0
+	})
+	f.Fuzz(func(t *testing.T, cdb []byte, size uint32, piece uint16, in bool) {
+		buf := make([]byte, min(size, 1<<16))
+		if !in {
+			copy(buf, pattern)
+		}
+		var bufs [][]byte
+		for b := range slices.Chunk(buf, max(int(piece), 1)) {
+			bufs = append(bufs, b)
+		}
+		c := &scsi.Command{CDB: cdb}
+		if in {
+			c.DataIn = bufs
+		} else {
+			c.DataOut = bufs
+		}
+		sends = 0
+		exec1(t, l, c)
+		switch n := cdbLen(cdb); {
+		case len(buf) > int(l.limits.MaxTransfer) || n == 0:
+			if sends != 0 || c.Status != scsi.CheckCondition {
+				t.Fatalf("sent %d times, %v; want a refusal", sends, c.Err())
+			}
+		case sends != 1 || c.Err() != nil:
+			t.Fatalf("sent %d times, %v; want once", sends, c.Err())
+		case len(sent) < 6 || len(sent) > maxCDB || !bytes.Equal(sent, cdb[:len(sent)]):
+			t.Fatalf("CDB % x went as % x", cdb, sent)
+		case !bytes.Equal(data, pattern[:len(buf)]) || !bytes.Equal(buf, data):
+			t.Fatalf("%d bytes in pieces of %d came out different", len(buf), piece)
+		}
+	})
 }
 
 func TestFifo(t *testing.T) {

@@ -117,7 +117,7 @@ func (l *LUN) open(h host, dv *device) error {
 		slot.prepare()
 		if mayPassAnything(l.fd, slot) {
 			l.via, l.maxPages = dv.block.path, int(min(segments, math.MaxInt32))
-			l.newPath = func() (path, error) { return blockPath{l.fd}, nil }
+			l.newRoute = func() (route, error) { return blockRoute{l.fd}, nil }
 		} else {
 			unix.Close(l.fd)
 			l.fd = -1
@@ -128,7 +128,7 @@ func (l *LUN) open(h host, dv *device) error {
 			return fmt.Errorf("without CAP_SYS_RAWIO and a disk driver commands go through a /dev/sgN, and %s has none: load the kernel module sg (modprobe sg)", dv.address)
 		}
 		// O_NONBLOCK: an open that waits would wait for error recovery, and in
-		// sgPath it is we who wait.
+		// sgRoute it is we who wait.
 		const flags = unix.O_RDWR | unix.O_NONBLOCK
 		if l.fd, err = dv.sg.open(flags); err != nil {
 			if errors.Is(err, unix.EBUSY) {
@@ -137,9 +137,9 @@ func (l *LUN) open(h host, dv *device) error {
 			return err
 		}
 		l.via, l.maxPages = dv.sg.path, math.MaxInt32
-		l.newPath = func() (path, error) {
+		l.newRoute = func() (route, error) {
 			fd, err := dv.sg.open(flags)
-			return sgPath{fd}, err
+			return sgRoute{fd}, err
 		}
 		if dv.block == nil {
 			b, e1 := ioctlInt(l.fd, ioctlSectGet)

@@ -83,7 +83,7 @@ func (h host) find(block bool, d devno) (*device, error) {
 	case block && has("dm"):
 		return nil, fmt.Errorf("it is the device-mapper device %s: reservations belong to a path, so give the /dev/sgN of one path that is not part of a map (multipath -f releases them)", text(entry, "dm/name"))
 	case !block && base(filepath.Join(entry, "subsystem")) != "scsi_generic":
-		return nil, fmt.Errorf("not a SCSI device: give a /dev/sgN or a SCSI disk (sg_map and lsscsi -g list them)")
+		return nil, fmt.Errorf("not a SCSI device: give a /dev/sgN or a SCSI disk (lsscsi -g lists them)")
 	}
 	dir, err := filepath.EvalSymlinks(filepath.Join(entry, "device"))
 	if err != nil || base(filepath.Join(dir, "subsystem")) != "scsi" {

@@ -4,9 +4,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// path is a way for one command at a time to the device and back; every
+// route is a way for one command at a time to the device and back; every
 // worker has its own.
-type path interface {
+type route interface {
 	// do sends the command that h describes, waits for its end and fills in
 	// the rest of h. The command has been sent once or not at all. EDOM,
 	// EAGAIN and ENOMEM mean not at all, for want of room in the kernel; after
@@ -17,23 +17,23 @@ type path interface {
 	close()
 }
 
-// blockPath is the blocking SG_IO on the block node: no copy where buffers
+// blockRoute is the blocking SG_IO on the block node: no copy where buffers
 // are aligned as the host adapter wants it, and no second try after a signal.
 // The file is shared and not its own.
-type blockPath struct{ fd int }
+type blockRoute struct{ fd int }
 
-func (p blockPath) do(h *ioHdr) unix.Errno { return sgIO(p.fd, h) }
-func (p blockPath) close()                 {}
+func (p blockRoute) do(h *ioHdr) unix.Errno { return sgIO(p.fd, h) }
+func (p blockRoute) close()                 {}
 
-// sgPath is a /dev/sgN opened for this worker alone. An unprivileged process
+// sgRoute is a /dev/sgN opened for this worker alone. An unprivileged process
 // may send anything by it, but its SG_IO must not be used: that sleeps
 // interruptibly *after* it has sent the command, and a signal with SA_RESTART,
 // as all of Go's are, makes the kernel start it from the beginning. A write
 // sends and does not wait; the read that follows sends nothing and may be
 // interrupted as often as it likes.
-type sgPath struct{ fd int }
+type sgRoute struct{ fd int }
 
-func (p sgPath) do(h *ioHdr) unix.Errno {
+func (p sgRoute) do(h *ioHdr) unix.Errno {
 	// The kernel sleeps here only for a free request of the host adapter, and
 	// uninterruptibly.
 	if e := writeHdr(p.fd, h); e != 0 {
@@ -52,4 +52,4 @@ func (p sgPath) do(h *ioHdr) unix.Errno {
 	}
 }
 
-func (p sgPath) close() { unix.Close(p.fd) }
+func (p sgRoute) close() { unix.Close(p.fd) }
