@@ -112,17 +112,18 @@ func (d disk) String() string {
 
 // scenario is where a search starts, and who takes part.
 type scenario struct {
-	quirks Quirks
-	full   bool // READ FULL STATUS
-	move   bool // REGISTER AND MOVE
-	start  disk
-	same   bool   // S and D are one nexus
-	sent   Type   // what the guest's tracker believes, if that is what is sent
-	mutant mutant // what is wrong with the machines
-	third  int    // commands of the third node
-	faults int
-	kinds  faultKind // which faults
-	deep   bool
+	quirks   Quirks
+	full     bool // READ FULL STATUS
+	move     bool // REGISTER AND MOVE
+	start    disk
+	same     bool   // S and D are one nexus
+	snapshot bool   // D restores a snapshot that S has left
+	sent     Type   // what the guest's tracker believes, if that is what is sent
+	mutant   mutant // what is wrong with the machines
+	third    int    // commands of the third node
+	faults   int
+	kinds    faultKind // which faults
+	deep     bool
 }
 
 func (s scenario) String() string {
@@ -130,7 +131,7 @@ func (s scenario) String() string {
 	for _, f := range []struct {
 		is   bool
 		name string
-	}{{s.full, "full status"}, {s.move, "move"}, {s.same, "one nexus"}, {s.mutant != faithful, s.mutant.String()}} {
+	}{{s.full, "full status"}, {s.move, "move"}, {s.same, "one nexus"}, {s.snapshot, "snapshot"}, {s.mutant != faithful, s.mutant.String()}} {
 		if f.is {
 			name += ", " + f.name
 		}
@@ -269,6 +270,11 @@ func (x *search) first() world {
 	w.src = NewSource(&x.pair, x.start.key(nS))
 	w.src.home = x.back // one pointer for all states
 	w.dest = NewDest(&x.pair)
+	if x.snapshot { // S is not there any more, though its registration is
+		w.src = Source{}
+		w.dest = NewAlone(&x.pair, x.start.key(nS))
+		w.flags = sDown | broken | dLost
+	}
 	return w
 }
 
@@ -561,7 +567,7 @@ func (x *search) expandDest(w *world) {
 			return
 		}
 		switch {
-		case n.dest.committed && o.Kind != Blocked && o.Kind != GivenUp:
+		case n.dest.committed && o.Kind != Blocked && o.Kind != GivenUp && o.Kind != Refused:
 			n.flags |= dRuns | dRan
 			n.flags &^= dNoted
 			send(&n, &n.toS, Msg{Kind: Running})
@@ -943,7 +949,7 @@ func (x *search) check(w *world) string {
 		shared := w.is(tookKey|raced) || d.key(nP) == kGuest
 		excused := faulty && (left || doubt || w.is(forced) && crashed) || shared && left
 		switch {
-		case d.key(run) == kGuest && sh.key(nS) != kGuest:
+		case d.key(run) != 0 && d.key(run) != sh.key(nS):
 			return "invariant 1: a fenced guest runs registered"
 		case d.holds(run) && !sh.holds(nS):
 			return "invariant 2: the guest holds a reservation that it would not have"
@@ -957,7 +963,7 @@ func (x *search) check(w *world) string {
 		case !x.same && d.key(other) == kGuest && run == nD && w.is(sDone) && !w.staleS():
 			return "invariant 4: the guest's old nexus is registered, and nobody has said so"
 		}
-		if w.third == int8(x.third) && !faulty && (doubt || left && !shared || stale && w.is(sDone) && !left) {
+		if w.third == int8(x.third) && !faulty && (doubt || left && !shared || stale && w.is(sDone) && !left && x.start.key(nD) == 0) {
 			return "invariant 3: something was lost with no interference and no fault"
 		}
 	}
@@ -1025,6 +1031,22 @@ func scenarios(deep bool) []scenario {
 	}
 	for _, q := range Targets {
 		persist := !q.NoPersist
+		if !q.NoFullStatus {
+			for _, t := range []Type{ExclusiveAccess, WriteExclusiveRegistrantsOnly, WriteExclusiveAllRegistrants, None} {
+				holder := nS
+				if t == None {
+					holder = -1
+				}
+				for _, bystander := range []Key{kP, kGuest} {
+					s := scenario{quirks: q, full: true, snapshot: true, start: starts(t, holder, kGuest, kO, bystander, 0, persist)}
+					s.third, s.faults, s.kinds = 2, 1, allFaults&^faultReads
+					if deep {
+						s.third, s.faults, s.kinds, s.deep = 3, 2, allFaults, true
+					}
+					all = append(all, s)
+				}
+			}
+		}
 		for _, bystander := range []Key{kP, kGuest} {
 			for _, t := range Types {
 				add(q, starts(t, nS, kGuest, kO, bystander, 0, persist), false)

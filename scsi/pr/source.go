@@ -151,7 +151,13 @@ func (s *Source) Told() {
 // Commit hands the guest over. It is called once every LUN's machine, and the
 // rest of the migration, is ready.
 func (s *Source) Commit() {
-	if s.phase == sourceServe && s.readied && !s.handed {
+	switch {
+	case s.phase != sourceServe || !s.readied || s.handed:
+	case s.key == 0 || s.pair.Same:
+		// Nothing of ours stays behind: and one nexus's registration is the
+		// running guest's, which no recovery may remove.
+		s.handed, s.phase = true, sourceTellGo
+	default:
 		s.phase = sourceNote
 	}
 }
@@ -428,6 +434,9 @@ const (
 func NewRecovery(p *Pair, k Key, handed bool) Recovery {
 	r := Recovery{pair: p, key: k, handed: handed}
 	r.look.start(p, true)
+	if p.Same { // the guest's, wherever on this host it runs
+		r.finished, r.phase = Outcome{Kind: Kept, Key: k}, recoveryEnd
+	}
 	return r
 }
 

@@ -53,6 +53,7 @@ const (
 	destDecide                     // not a phase but a place for a look to lead to, as the next two
 	destWitness                    //
 	destAct                        //
+	destVacant                     // REGISTER 0 to 0: is our nexus unregistered? (it does nothing)
 	destNote                       // intent to the journal
 	destRegister                   // REGISTER 0 to K
 	destConfirm                    // REGISTER K to K: did the former happen?
@@ -110,6 +111,8 @@ func (d *Dest) Next() Step {
 		return d.look.cmd(d.key)
 	case destNote, destNoteGo:
 		return Step{Kind: Note, Handed: d.phase == destNoteGo}
+	case destVacant:
+		return register(0, 0, d.persist)
 	case destRegister:
 		return register(0, d.key, d.persist)
 	case destConfirm, destCheck:
@@ -227,7 +230,7 @@ func (d *Dest) Receive(m Msg) {
 		d.giveUp(LinkLost)
 	case m.Kind == State && d.phase == destHello:
 		d.key, d.fenced = m.Key, m.Fenced
-		if d.key == 0 {
+		if d.key == 0 && d.pair.Same {
 			d.phase = destTellReady
 			return
 		}
@@ -288,6 +291,17 @@ func (d *Dest) Answer(r Reply) {
 			d.blind()
 		} else if over {
 			d.looked()
+		}
+	case destVacant:
+		switch d.tries++; {
+		case r.Result == Done:
+			d.nothing()
+		case r.Result == Conflicted:
+			d.doomed, d.reason = true, LeftoverRegistration
+			d.remove()
+		case d.tries >= maxTries:
+			d.doomed, d.reason = true, DiskFailed
+			d.remove()
 		}
 	case destRegister:
 		switch {
@@ -439,12 +453,19 @@ func (d *Dest) decide() {
 			d.phase = destTellReady
 		}
 		return
-	case d.pair.FullStatus && s.Old != d.key, s.Count == 0:
-		d.remove() // fenced; nothing was registered
-		return
 	case d.pair.FullStatus && s.New != 0:
 		d.doomed, d.reason = true, LeftoverRegistration
 		d.remove()
+		return
+	case d.key == 0, d.pair.FullStatus && s.Old != d.key, s.Count == 0:
+		// No key, or fenced. Then our nexus must not be registered with
+		// anything: the guest would run with it.
+		d.fenced = d.fenced || d.key != 0
+		if d.pair.FullStatus {
+			d.nothing()
+		} else {
+			d.phase = destVacant
+		}
 		return
 	case !d.held():
 		d.plan = planUnregister
@@ -458,6 +479,15 @@ func (d *Dest) decide() {
 		d.plan = planPreempt
 	}
 	d.phase = destNote
+}
+
+// nothing goes on with nothing to move.
+func (d *Dest) nothing() {
+	if d.alone {
+		d.finish(Outcome{Kind: FencedMeanwhile, Key: d.key})
+		return
+	}
+	d.plan, d.phase = planNothing, destTellReady
 }
 
 // act is the last part: it looks at what is on the disk, takes the next step
