@@ -47,11 +47,14 @@ const (
 )
 
 func isBzImage(head []byte) bool {
-	return len(head) >= hdrMaxEnd && string(head[hdrMagic:hdrMagic+4]) == "HdrS" &&
+	return len(head) >= hdrVersion && string(head[hdrMagic:hdrMagic+4]) == "HdrS" &&
 		binary.LittleEndian.Uint16(head[hdrBootFlag:]) == 0xaa55
 }
 
 func (l *loader) bzImage(f File, head []byte) (kernel, error) {
+	if len(head) < hdrMaxEnd {
+		return kernel{}, fmt.Errorf("truncated: a bzImage of %d bytes", len(head))
+	}
 	le := binary.LittleEndian
 	version := le.Uint16(head[hdrVersion:])
 	hdrEnd := hdrMagic + int(head[hdrJump+1])

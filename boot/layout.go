@@ -41,7 +41,8 @@ const (
 	LocalAPIC memory.GPA = 0xfee00000
 
 	// What KVM wants for itself on Intel hosts that cannot run real mode: a
-	// page for an identity map, three for a TSS (KVM api 4.35, 4.36).
+	// page for an identity map, three for a TSS (KVM_SET_IDENTITY_MAP_ADDR,
+	// KVM_SET_TSS_ADDR: KVM api 4.40, 4.36).
 	IdentityMap memory.GPA = 0xfffbc000
 	TSS         memory.GPA = 0xfffbd000
 )

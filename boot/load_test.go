@@ -365,7 +365,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"EFI program", append([]byte("MZ"), make([]byte, 1000)...), "", 0, "kernel k: not a kernel: an EFI program without the Linux boot protocol, expected a bzImage or an ELF with a PVH note"},
 		{"disk image", patched(make([]byte, 4096), 510, uint16(0xaa55)), "", 0, "kernel k: not a kernel: a disk image with a boot sector, expected a bzImage or an ELF with a PVH note"},
 
-		{"bzImage cut in the header", bz[:0x240], "", 0, "kernel k: not a kernel: a disk image with a boot sector, expected a bzImage or an ELF with a PVH note"},
+		{"bzImage cut in the header", bz[:0x240], "", 0, "kernel k: truncated: a bzImage of 576 bytes"},
 		{"bzImage cut in the code", bz[:len(bz)-100], "", 0, "kernel k: truncated: the file ends at byte 67996, 100 more are needed"},
 		{"bzImage, 32 bits", patched(bz, hdrXLoadFlags, uint16(0)), "", 0, "kernel k: not a kernel for this machine: a bzImage without a 64-bit entry (32-bit, or older than Linux 3.8; its boot protocol is 2.15)"},
 		{"bzImage, old", patched(bz, hdrVersion, uint16(0x20b)), "", 0, "kernel k: not a kernel for this machine: a bzImage without a 64-bit entry (32-bit, or older than Linux 3.8; its boot protocol is 2.11)"},

@@ -12,9 +12,10 @@
 // announce an event (poweroff, reset, panic) with no lock held, on the vCPU's
 // thread in the middle of its exit: they take note and return.
 //
-// State is the device's state as plain data, for migration, and is taken while
-// no vCPU runs. SetState drives the interrupt line to the level that follows
-// from the state. The state may come from another host and is checked.
+// State is the device's state as plain data, for migration. It is taken while
+// no vCPU runs and no input arrives. SetState drives the interrupt line to the
+// level that follows from the state: the interrupt controllers are loaded
+// before. The state may come from another host and is checked.
 package device
 
 // allOnes is what a bus without a device behind it reads as.
