@@ -247,6 +247,7 @@ const (
 	Refused                      // nothing was done: Reason
 	GivenUp                      // the destination has undone what it did: Reason
 	Blocked                      // the guest must not run here: Reason
+	HandedOver                   // said by the source: the guest runs on its destination
 )
 
 // Reason says why a takeover was refused or given up.
@@ -302,10 +303,17 @@ func (o Outcome) Sentence(lun string) string {
 		s += "the destination gave up and took nothing: " + o.Reason.String()
 	case Blocked:
 		s += "the guest is kept stopped, for it may have been fenced and its key cannot be removed: " + o.Reason.String()
+	case HandedOver:
+		s += "the guest runs on its new host"
 	default:
 		s += "undecided"
 	}
-	if o.Stale {
+	switch {
+	case o.Stale && o.Kind == HandedOver && o.Type != None:
+		s += fmt.Sprintf("; this host's nexus still holds its %v reservation with key %v", o.Type, o.Key)
+	case o.Stale && o.Kind == HandedOver:
+		s += fmt.Sprintf("; this host's nexus may still show key %v: 'vmm pr recover' removes it", o.Key)
+	case o.Stale:
 		s += fmt.Sprintf("; its other nexus may still show key %v: that is inert, and its host removes it "+
 			"(or 'vmm pr recover' there does)", o.Key)
 	}

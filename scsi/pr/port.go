@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"vmm/scsi"
@@ -55,7 +56,6 @@ func (l LUN) Send(ctx context.Context, cdb, list, data []byte) (int, Answer, err
 // and tells it what the answers mean. It is used by one goroutine.
 type Port struct {
 	Sender Sender
-	Pair   *Pair
 	// Timeout bounds one command; 0 means 2 seconds.
 	Timeout time.Duration
 	// Seen is every unit attention that was met on the way, in order. Keep
@@ -196,11 +196,11 @@ func (p *Port) Keys(ctx context.Context) (Keys, error) {
 	return ParseKeys(data)
 }
 
-// Do carries out a machine's command. Its errors are told to the machine as
+// Do carries out a command of a machine that works with pair. Its errors are told to the machine as
 // Failed: what is so, it settles by reading.
-func (p *Port) Do(ctx context.Context, c Cmd) Reply {
+func (p *Port) Do(ctx context.Context, pair *Pair, c Cmd) Reply {
 	if c.Write {
-		r, _ := p.out(ctx, c)
+		r, _ := p.out(ctx, pair, c)
 		return Reply{Result: r}
 	}
 	var s Sight
@@ -209,7 +209,7 @@ func (p *Port) Do(ctx context.Context, c Cmd) Reply {
 	case ReadFullStatus:
 		var f FullStatus
 		if f, err = p.FullStatus(ctx); err == nil {
-			s = p.Pair.seeFull(f, c.Key)
+			s = pair.seeFull(f, c.Key)
 		}
 	case ReadKeys:
 		var k Keys
@@ -234,10 +234,10 @@ func (p *Port) Do(ctx context.Context, c Cmd) Reply {
 }
 
 // out sends a PERSISTENT RESERVE OUT.
-func (p *Port) out(ctx context.Context, c Cmd) (Result, error) {
+func (p *Port) out(ctx context.Context, pair *Pair, c Cmd) (Result, error) {
 	o := Out{Action: c.Out, Type: c.Type, Key: c.Key, ServiceKey: c.ServiceKey, APTPL: c.APTPL}
 	if c.Out == RegisterAndMove {
-		o.MoveTo, o.Unregister = p.Pair.New, true
+		o.MoveTo, o.Unregister = pair.New, true
 	}
 	cdb, list := o.Encode()
 	_, a, err := p.send(ctx, cdb, list, nil)
@@ -255,6 +255,7 @@ func (p *Port) out(ctx context.Context, c Cmd) (Result, error) {
 // Machine is what Dest, Source and Recovery have in common.
 type Machine interface {
 	Next() Step
+	Pair() *Pair // what the next command works with
 	Answer(Reply)
 	Noted(ok bool)
 }
@@ -282,7 +283,7 @@ func (p *Port) Run(ctx context.Context, m Machine, l Ledger, tell func(Msg) erro
 		st := m.Next()
 		switch st.Kind {
 		case Do:
-			m.Answer(p.Do(ctx, st.Cmd))
+			m.Answer(p.Do(ctx, m.Pair(), st.Cmd))
 		case Note:
 			m.Noted(l.Note(st.Handed) == nil)
 		case Erase:
@@ -292,18 +293,35 @@ func (p *Port) Run(ctx context.Context, m Machine, l Ledger, tell func(Msg) erro
 			if !ok {
 				return st.Kind
 			}
-			if err := tell(st.Msg); err != nil {
-				peer.Lost()
-				if m.Next() == st { // it still has to be told, and never will be
-					peer.Told()
-				}
-				break
-			}
+			err := tell(st.Msg)
 			peer.Told()
+			if err != nil {
+				peer.Lost()
+			}
 		default:
 			return st.Kind
 		}
 	}
+}
+
+// Task is one LUN's machine with what it needs to run.
+type Task struct {
+	Machine Machine
+	Port    *Port
+	Ledger  Ledger
+	Tell    func(Msg) error // called from a goroutine of its own
+}
+
+// RunAll runs every task until it waits or is over, all at the same time, and
+// says which of the two each does. The deadline of all of them is ctx's.
+func RunAll(ctx context.Context, tasks []Task) []StepKind {
+	at := make([]StepKind, len(tasks))
+	var wg sync.WaitGroup
+	for i, t := range tasks {
+		wg.Go(func() { at[i] = t.Port.Run(ctx, t.Machine, t.Ledger, t.Tell) })
+	}
+	wg.Wait()
+	return at
 }
 
 // ErrLeftover says that this host's nexus is registered already.
@@ -377,7 +395,7 @@ func (p *Port) Identify(ctx context.Context, l Ledger) (Nexus, error) {
 	if err := l.Note(false); err != nil {
 		return Nexus{}, err
 	}
-	result, err := p.out(ctx, Cmd{Write: true, Out: Register, ServiceKey: k, APTPL: caps.PersistActive})
+	result, err := p.out(ctx, nil, Cmd{Write: true, Out: Register, ServiceKey: k, APTPL: caps.PersistActive})
 	if result == Conflicted {
 		return Nexus{}, errors.Join(ErrLeftover, l.Erase())
 	}
@@ -385,7 +403,7 @@ func (p *Port) Identify(ctx context.Context, l Ledger) (Nexus, error) {
 	// Whatever the answers were: the key goes, and until it has gone it stays
 	// in the journal.
 	for range maxRemoves {
-		if r, e := p.out(ctx, Cmd{Write: true, Out: Register, Key: k, APTPL: caps.PersistActive}); r != Failed {
+		if r, e := p.out(ctx, nil, Cmd{Write: true, Out: Register, Key: k, APTPL: caps.PersistActive}); r != Failed {
 			if e := l.Erase(); e != nil {
 				return Nexus{}, e
 			}

@@ -68,6 +68,15 @@ func NewSource(p *Pair, tracked Key) Source {
 // Outcome is the result, once Next says Finish.
 func (s *Source) Outcome() Outcome { return s.finished }
 
+// Pair is what the machine's next command works with: the way back, while a
+// forced resume takes over.
+func (s *Source) Pair() *Pair {
+	if s.phase == sourceTake {
+		return s.home
+	}
+	return s.pair
+}
+
 // HandedOver says that COMMIT was sent: from now on only ABORTED from the
 // destination, or the operator, lets the guest run here again.
 func (s *Source) HandedOver() bool { return s.handed }
@@ -217,7 +226,7 @@ func (s *Source) Receive(m Msg) {
 		s.handed = false
 		s.tries = 0
 		if s.key == 0 || s.pair.Same {
-			s.finish(Outcome{Kind: Moved, Key: s.key})
+			s.finish(Outcome{Kind: HandedOver, Key: s.key})
 			return
 		}
 		s.lookThen(sourceSweep, false)
@@ -309,7 +318,7 @@ func (s *Source) Answer(r Reply) {
 			s.tries++
 			return
 		}
-		s.finished = Outcome{Kind: Moved, Key: s.key, Stale: r.Result == Failed}
+		s.finished = Outcome{Kind: HandedOver, Key: s.key, Stale: r.Result == Failed}
 		if s.finished.Stale {
 			s.phase = sourceEnd
 			return
@@ -373,11 +382,11 @@ func (s *Source) looked(failed bool) {
 			see.Type.AllRegistrants() && see.Registered == 1
 		switch {
 		case failed, left && holds:
-			s.finish(Outcome{Kind: Moved, Key: s.key, Type: see.Type, Stale: true})
+			s.finish(Outcome{Kind: HandedOver, Key: s.key, Type: see.Type, Stale: true})
 		case left:
 			s.phase = sourceRemove
 		default:
-			s.finished, s.phase = Outcome{Kind: Moved, Key: s.key, Type: see.Type}, sourceErase
+			s.finished, s.phase = Outcome{Kind: HandedOver, Key: s.key, Type: see.Type}, sourceErase
 		}
 	}
 }
@@ -443,6 +452,9 @@ func NewRecovery(p *Pair, k Key, handed bool) Recovery {
 // Outcome is NothingHeld if the registration is gone, LeftBehind if a
 // reservation rests on it.
 func (r *Recovery) Outcome() Outcome { return r.finished }
+
+// Pair is what the machine's commands work with.
+func (r *Recovery) Pair() *Pair { return r.pair }
 
 // Next is what the machine wants done.
 func (r *Recovery) Next() Step {

@@ -272,8 +272,8 @@ func child(image string) error {
 // However a process is killed, the state is one that a prefix of its commands
 // produces, and not a shorter one than it has had answers for.
 func TestKill(t *testing.T) {
-	rounds := 25
-	if *deep {
+	rounds := 20
+	if *bound != "quick" {
 		rounds = 200
 	}
 	exe, err := os.Executable()

@@ -94,6 +94,9 @@ func NewAlone(p *Pair, k Key) Dest {
 // Outcome is the result, once Next says Finish.
 func (d *Dest) Outcome() Outcome { return d.finished }
 
+// Pair is what the machine's commands work with.
+func (d *Dest) Pair() *Pair { return d.pair }
+
 func (d *Dest) finish(o Outcome) {
 	d.finished, d.phase = o, destEnd
 }

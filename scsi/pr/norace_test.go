@@ -1,0 +1,5 @@
+//go:build !race
+
+package pr
+
+const raceDetector = false
