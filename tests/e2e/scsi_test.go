@@ -122,8 +122,13 @@ func TestLUNs(t *testing.T) {
 	for target, host := range map[int]string{0: a.Nexuses[1].SG, 2: b.Nexuses[0].SG} {
 		sg := v.sgOf(target)
 		for _, command := range inspections {
-			inside := comparable(command, v.sh(fmt.Sprintf(command, sg)))
-			outside := comparable(command, local(t, fmt.Sprintf(command, host)))
+			// What the target does not support fails alike on both sides.
+			inside, status := v.try(fmt.Sprintf(command+" 2>&1", sg))
+			outside, err := tryLocal(t, fmt.Sprintf(command+" 2>&1", host))
+			if (status == 0) != (err == nil) {
+				t.Errorf("target %d, %s: status %d in the guest, on the host: %v", target, command, status, err)
+			}
+			inside, outside = comparable(command, inside), comparable(command, outside)
 			inside = strings.ReplaceAll(inside, sg, "SG")
 			outside = strings.ReplaceAll(outside, host, "SG")
 			if inside != outside {
