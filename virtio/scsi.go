@@ -325,7 +325,6 @@ func (l *scsiSession) quiesce() {
 	l.controller.events.rest()
 	for _, q := range l.queues() {
 		q.Kick()
-		q.wake()
 	}
 	if l.event != nil {
 		l.event.Kick()

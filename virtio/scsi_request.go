@@ -73,7 +73,7 @@ type requestQueue struct {
 	spare   *request             // the worker's: what the next chain goes into
 
 	mu       sync.Mutex
-	returned sync.Cond  // a request has come back, or the session halts
+	returned sync.Cond  // a request has come back
 	waiting  int        // waiters for returned
 	arrivals uint64     // requests that have come so far
 	requests []request  // as many as the queue can have in flight
@@ -103,11 +103,12 @@ func newRequestQueue(l *scsiSession, q *Queue, name string, handle func(*request
 // take works off what is available.
 func (q *requestQueue) take() (again bool, err error) {
 	q.DisableNotify()
-	for !q.session.halting() {
+	for {
 		if q.spare == nil {
-			if q.spare = q.get(); q.spare == nil {
-				return false, nil
-			}
+			q.spare = q.get()
+		}
+		if q.session.halting() {
+			return false, nil
 		}
 		r := q.spare
 		ok, err := q.Pop(&r.chain)
@@ -121,20 +122,15 @@ func (q *requestQueue) take() (again bool, err error) {
 			return false, fmt.Errorf("%s: %w", q.name, err)
 		}
 	}
-	return false, nil
 }
 
 // get takes a free request. A driver that has no more in flight than the
 // queue has descriptors waits here for the end of a Push at most; one that
-// uses a descriptor twice waits for its own commands. It answers nil when the
-// session halts.
+// uses a descriptor twice waits for its own commands, as would a quiesce.
 func (q *requestQueue) get() *request {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for len(q.free) == 0 {
-		if q.session.halting() {
-			return nil
-		}
 		q.waiting++
 		q.returned.Wait()
 		q.waiting--
@@ -170,13 +166,6 @@ func (q *requestQueue) leave(r *request, written int) {
 	if q.waiting > 0 {
 		q.returned.Broadcast()
 	}
-	q.mu.Unlock()
-}
-
-// wake lets get see that the session halts.
-func (q *requestQueue) wake() {
-	q.mu.Lock()
-	q.returned.Broadcast()
 	q.mu.Unlock()
 }
 

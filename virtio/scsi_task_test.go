@@ -3,6 +3,7 @@ package virtio
 import (
 	"encoding/binary"
 	"errors"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -15,23 +16,39 @@ import (
 // tmf sends a task management function and returns where its answer will be.
 func (r *scsiRig) tmf(function uint32, lun [8]byte, id uint64) []virtiotest.Buffer {
 	r.t.Helper()
-	le := binary.LittleEndian
-	b := le.AppendUint32(le.AppendUint32(nil, scsiTMF), function)
-	b = le.AppendUint64(append(b, lun[:]...), id)
-	answer := r.place([]byte{0xa5}, 1, true)
-	// In pieces: framing means nothing here either.
-	r.add(0, append(r.place(b, 5, false), answer...)...)
+	_, answer := r.sendTMF(function, lun, id)
 	return answer
 }
 
-// doTMF sends a task management function and waits for its answer.
+func (r *scsiRig) sendTMF(function uint32, lun [8]byte, id uint64) (head uint16, answer []virtiotest.Buffer) {
+	r.t.Helper()
+	le := binary.LittleEndian
+	b := le.AppendUint32(le.AppendUint32(nil, scsiTMF), function)
+	b = le.AppendUint64(append(b, lun[:]...), id)
+	answer = r.place([]byte{0xa5}, 1, true)
+	// In pieces: framing means nothing here either.
+	return r.add(0, append(r.place(b, 5, false), answer...)...), answer
+}
+
+// doTMF sends a task management function and waits for its answer, which is
+// the next to come back.
 func (r *scsiRig) doTMF(function uint32, lun [8]byte, id uint64) byte {
 	r.t.Helper()
-	answer := r.tmf(function, lun, id)
-	if u := r.reap(0); u.Written != 1 {
-		r.t.Errorf("function %d: used length %d; want 1", function, u.Written)
+	head, answer := r.sendTMF(function, lun, id)
+	if u := r.reap(0); u.Head != head || u.Written != 1 {
+		r.t.Errorf("function %d in chain %d: chain %d came back, used length %d; want 1", function, head, u.Head, u.Written)
 	}
 	return r.fetch(answer)[0]
+}
+
+// baitHaste gives a function that does not wait for its commands the chance
+// to be answered, which doTMF would notice.
+func (r *scsiRig) baitHaste() {
+	r.t.Helper()
+	for range 5 {
+		runtime.Gosched()
+		r.doTMF(tmfQueryTask, unit0(0), 99)
+	}
 }
 
 func TestSCSITaskManagementLooksUpItsLogicalUnit(t *testing.T) {
@@ -148,7 +165,7 @@ func TestSCSIAbortsWaitForTheirCommands(t *testing.T) {
 			}
 			held[i].Fail(scsi.Aborted)
 			if n < len(test.waits)-1 {
-				r.doTMF(tmfQueryTask, unit0(0), 11) // time for a hasty answer
+				r.baitHaste()
 			}
 		}
 		r.reap(0)
@@ -229,7 +246,7 @@ func TestSCSILogicalUnitReset(t *testing.T) {
 		reset <- test.err
 		if test.err == nil {
 			// The commands of the unit come first.
-			r.doTMF(tmfQueryTaskSet, unit0(0), 0)
+			r.baitHaste()
 			if got := r.fetch(answer)[0]; got != 0xa5 {
 				t.Errorf("%s was answered %d with a command in flight", test.name, got)
 			}

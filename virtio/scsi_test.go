@@ -754,6 +754,20 @@ func TestSCSIMalformedRequestsFailTheDevice(t *testing.T) {
 	}
 }
 
+// Workers that find broken rules at the same time report one failure.
+func TestSCSIFailsOnce(t *testing.T) {
+	r := newSCSIRig(t, 8)
+	for queue := 2; queue < len(r.rings); queue++ {
+		r.add(queue, r.place([]byte{1}, 1, false)...)
+	}
+	r.start()
+	r.failure()
+	r.dev.Stop() // waits for the workers; a second failure is an error of the rig
+	if len(r.failed) != 0 {
+		t.Errorf("the device failed again: %v", <-r.failed)
+	}
+}
+
 // reapFailed is reap on a device that has failed.
 func (r *scsiRig) reapFailed(queue int) virtiotest.Used {
 	r.t.Helper()
