@@ -225,11 +225,49 @@ func TestNamedNexus(t *testing.T) {
 }
 
 func TestEnterDoesNotAllocate(t *testing.T) {
+	if raceDetector {
+		t.Skip("the race detector allocates")
+	}
 	f := open(t, filepath.Join(t.TempDir(), "disk.img"), "a")
 	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
 	if n := testing.AllocsPerRun(100, func() { enter(t, f, write, good) }); n != 0 {
 		t.Errorf("%v allocations per command; want 0", n)
 	}
+}
+
+// What a state file or a journal entry says is either refused, or a state that
+// a target can be in and that is written back the same.
+func FuzzState(f *testing.F) {
+	tg := NewTarget(Quirks{})
+	tg.Attention(nexB, scsi.PowerOnOccurred)
+	tg.Do(nexA, &Out{Action: Register, ServiceKey: keyA})
+	tg.Do(nexA, &Out{Action: Reserve, Key: keyA, Type: WriteExclusive})
+	body, err := unseal(stateMagic, tg.encode())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(body)
+	f.Add([]byte(`{"LUN": "naa.5", "Key": 7, "Old": "` + strings.ReplaceAll(goldenSAS, " ", "") + `"}`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		// The checksum is put on: no fuzzer would find it.
+		if tg, err := decodeState(sealed(stateMagic, body)); err == nil {
+			again, err := decodeState(tg.encode())
+			if err != nil || !tg.equal(again) {
+				t.Fatalf("%s became %s, %v", body, again.encode(), err)
+			}
+			// Any command may come next.
+			for a := range ReplaceLostReservation {
+				cdb, list := Out{Action: a, Key: tg.Key(nexA), Type: WriteExclusive, MoveTo: nexB}.Encode()
+				tg.Execute(nexA, cdb, list)
+			}
+		}
+		if e, err := decodeEntry(sealed(journalMagic, body)); err == nil {
+			saved := savedEntry(e)
+			if again, err := saved.entry(); err != nil || again != e {
+				t.Fatalf("%+v became %+v, %v", e, again, err)
+			}
+		}
+	})
 }
 
 // killScript is what the victim does over and over; every prefix of it gives
