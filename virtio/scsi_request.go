@@ -52,9 +52,8 @@ type request struct {
 	queue  *requestQueue
 	chain  Chain
 	header [scsiHeaderSize + scsiMaxCDBSize]byte // the driver's part, copied once
-	answer [scsiResponseSize + scsiMaxSenseSize]byte
-	views  [][]byte // backs cmd's data buffers
-	dataIn int      // length of cmd.DataIn in bytes
+	views  [][]byte                              // backs cmd's data buffers
+	dataIn int                                   // length of cmd.DataIn in bytes
 	cmd    scsi.Command
 
 	// Guarded by queue.mu.
@@ -251,8 +250,8 @@ func (l *scsiSession) handleCommand(r *request) error {
 // done is the command's Done: it answers the driver.
 func (r *request) done(c *scsi.Command) {
 	l := r.queue.session
-	answer := r.answer[:scsiResponseSize+l.senseSize]
-	clear(answer)
+	var buf [scsiResponseSize + scsiMaxSenseSize]byte
+	answer := buf[:scsiResponseSize+l.senseSize]
 	code := byte(scsiFailure)
 	if int(c.Outcome) < len(responseCodes) {
 		code = responseCodes[c.Outcome]
