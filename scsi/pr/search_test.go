@@ -55,10 +55,12 @@ func pack(t *Target) disk {
 	}
 	d |= disk(t.typ)<<16 | disk(t.holder+1)<<20
 	if t.persist {
-		d |= 1 << 24
+		d |= aptpl
 	}
 	return d
 }
+
+const aptpl disk = 1 << 24
 
 func (d disk) unpack(t *Target) {
 	for i := range nNexuses {
@@ -71,7 +73,7 @@ func (d disk) unpack(t *Target) {
 func (d disk) key(i int) Key { return Key(d >> (4 * i) & 0xf) }
 func (d disk) typ() Type     { return Type(d >> 16 & 0xf) }
 func (d disk) holder() int   { return int(d>>20&0xf) - 1 }
-func (d disk) persist() bool { return d>>24&1 != 0 }
+func (d disk) persist() bool { return d&aptpl != 0 }
 
 func (d disk) holds(i int) bool {
 	if d.typ().AllRegistrants() {
@@ -1154,32 +1156,32 @@ func TestSearchCatches(t *testing.T) {
 func TestSearchQEMU(t *testing.T) {
 	broken := map[string]string{}
 	for _, s := range scenarios("ci") {
-		if s.move || s.same || s.snapshot {
+		if s.move || s.same || s.snapshot || s.start.key(nD) != 0 {
 			continue
 		}
-		for third := range 3 { // the fewest commands that do it
-			s.mutant, s.third, s.faults = qemu, third, 0
+		// APTPL is left out at first: else its loss would hide all the rest.
+		for i := range 6 {
+			s.mutant, s.third, s.faults = qemu, i%3, 0 // the fewest commands that do it
+			if i < 3 {
+				s.start &^= aptpl
+			} else {
+				s.start |= aptpl
+			}
 			v := newSearch(s).run()
 			if v == "" {
 				continue
 			}
-			what, _, _ := strings.Cut(v, "\n")
+			what, _, _ := strings.Cut(v, ":")
 			if old, ok := broken[what]; !ok || strings.Count(v, "\n") < strings.Count(old, "\n") {
 				broken[what] = v
 			}
-			break
 		}
 	}
-	for _, n := range []string{"1:", "2:", "5:", "7:", "8:"} {
-		found := false
-		for what := range broken {
-			found = found || strings.HasPrefix(what, "invariant "+n)
+	for _, n := range []int{1, 2, 3, 5, 7, 8} {
+		v := broken[fmt.Sprintf("invariant %d", n)]
+		if v == "" {
+			t.Errorf("QEMU's algorithm keeps invariant %d as far as this search goes", n)
 		}
-		if !found {
-			t.Errorf("QEMU's algorithm keeps invariant %s as far as this search goes", n)
-		}
-	}
-	for _, v := range broken {
 		t.Log(v)
 	}
 }
