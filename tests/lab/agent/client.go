@@ -460,3 +460,44 @@ func (t *Tail) Bytes() []byte {
 	defer t.mu.Unlock()
 	return bytes.Clone(t.buf[max(0, len(t.buf)-t.Max):])
 }
+
+// Conn starts the command and returns its standard input and output as a
+// connection. Close kills the command. Its standard error goes to Stderr.
+func (m *Cmd) Conn() (io.ReadWriteCloser, error) {
+	if m.Stdin != nil || m.Stdout != nil {
+		return nil, errors.New("agent: Stdin or Stdout already set")
+	}
+	c := &conn{cmd: m}
+	var in *io.PipeReader
+	var out *io.PipeWriter
+	in, c.PipeWriter = io.Pipe()
+	c.PipeReader, out = io.Pipe()
+	m.Stdin, m.Stdout = in, out
+	if err := m.Start(); err != nil {
+		return nil, err
+	}
+	c.waited.Go(func() {
+		err := m.Wait()
+		if err == nil {
+			err = io.EOF
+		}
+		out.CloseWithError(err) // what Read returns after the last output
+		in.CloseWithError(err)
+	})
+	return c, nil
+}
+
+type conn struct {
+	cmd *Cmd
+	*io.PipeReader
+	*io.PipeWriter
+	waited sync.WaitGroup
+}
+
+func (c *conn) Close() error {
+	c.PipeReader.Close() // output is discarded from now on
+	c.PipeWriter.Close()
+	err := c.cmd.Signal(unix.SIGKILL)
+	c.waited.Wait()
+	return err
+}

@@ -27,11 +27,17 @@ const maxCommands = 64
 type Options struct {
 	Env      []string // environment of every command
 	PowerOff func()   // obeys a poweroff message; nil: ignored
+	// Chunk is the most output in one message, in bytes; 16 KiB if 0. On a slow
+	// line a small one keeps the wait short for whoever comes next.
+	Chunk int
 }
 
 // Serve runs the commands that arrive on conn until reading it fails, then
 // kills what still runs and returns the error; io.EOF is returned as it is.
 func Serve(conn io.ReadWriter, opt Options) error {
+	if opt.Chunk <= 0 || opt.Chunk > maxChunk {
+		opt.Chunk = maxChunk
+	}
 	s := &server{out: frameWriter{w: conn}, opt: opt, procs: map[uint32]*proc{}}
 	err := s.loop(newFrameReader(conn))
 	s.mu.Lock()
@@ -363,7 +369,7 @@ func (m *pump) finish() {
 }
 
 func (m *pump) run() {
-	buf := make([]byte, maxChunk)
+	buf := make([]byte, m.proc.server.opt.Chunk)
 	for {
 		m.mu.Lock()
 		if m.finished {

@@ -9,6 +9,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -27,6 +28,13 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "agent" {
 		if err := serve(); err != nil {
 			pid1.Log("lab: agent: %v", err)
+			os.Exit(1)
+		}
+		return
+	}
+	if len(os.Args) == 3 && os.Args[1] == "connect" {
+		if err := connect(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, "connect:", err)
 			os.Exit(1)
 		}
 		return
@@ -169,4 +177,20 @@ func serve() error {
 		return agent.Serve(port, agent.Options{Env: pid1.Env, PowerOff: pid1.PowerOff})
 	}
 	return fmt.Errorf("no virtio-serial port is called %s", portName)
+}
+
+// connect relays between a Unix socket and the standard input and output; it
+// is how a program outside dials a socket in the host.
+func connect(path string) error {
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	go func() {
+		io.Copy(conn, os.Stdin)
+		conn.CloseWrite()
+	}()
+	_, err = io.Copy(os.Stdout, conn)
+	return err
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"vmm/tests/guest"
 	"vmm/tests/lab"
 	"vmm/tests/lab/agent"
 	"vmm/tests/lab/kernel"
@@ -100,7 +101,7 @@ func command() *cobra.Command {
 
 	fetch := &cobra.Command{
 		Use:   "fetch",
-		Short: "Fetch the kernels and build the host's image",
+		Short: "Fetch the kernels and build the images of the host and of the test guests",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			for _, flavour := range kernel.Flavours {
@@ -113,13 +114,16 @@ func command() *cobra.Command {
 						return err
 					}
 				}
+				if _, err := guest.Initrd(c.Context(), k); err != nil {
+					return err
+				}
 			}
 			return nil
 		},
 	}
 	kernels := &cobra.Command{
 		Use:   "kernels",
-		Short: "Print where the kernels are: flavour, release, bzImage, vmlinux, modules",
+		Short: "Print where the kernels are: flavour, release, bzImage, vmlinux, modules, the test guest's initramfs",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			for _, flavour := range kernel.Flavours {
@@ -127,7 +131,11 @@ func command() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				fmt.Printf("%s\t%s\t%s\t%s\t%s\n", k.Flavour, k.Release, k.BzImage, k.VMLinux, k.Modules)
+				initrd, err := guest.Initrd(c.Context(), k)
+				if err != nil {
+					return err
+				}
+				fmt.Println(strings.Join([]string{string(k.Flavour), k.Release, k.BzImage, k.VMLinux, k.Modules, initrd}, "\t"))
 			}
 			return nil
 		},
