@@ -54,6 +54,7 @@ func (l *scsiLoad) turn(sleep func()) {
 func (l *scsiLoad) byHand() func() {
 	l.dev.Quiesce()
 	l.dev.live.halted.Store(false)
+	l.rings[2].Notify = func() {} // no worker to wake
 	q := l.dev.live.requests[0]
 	return func() {
 		if _, err := q.take(); err != nil {
