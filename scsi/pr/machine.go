@@ -262,6 +262,7 @@ const (
 	DiskFailed
 	ProofFailed
 	NoFullStatus
+	HeldBySPC2
 )
 
 // Outcome is a takeover's result for one LUN.
@@ -338,6 +339,8 @@ func (r Reason) String() string {
 		return "the source could not prove that it is still registered"
 	case NoFullStatus:
 		return "the target has no READ FULL STATUS, so nobody can vouch for the old nexus"
+	case HeldBySPC2:
+		return "the guest has reserved the disk with RESERVE of SPC-2, which nothing can hand to another nexus"
 	}
 	return fmt.Sprintf("reason %d", uint8(r))
 }

@@ -364,6 +364,33 @@ func (p *Port) Probe(ctx context.Context) (Preflight, error) {
 	return f, err
 }
 
+// Refuse is why a guest with this state cannot migrate between the two
+// nexuses of pair, as far as it can be seen while the guest runs; NoReason if
+// it can. Destination and source find the same again, and what has changed,
+// when the guest is stopped.
+func (f *Preflight) Refuse(pair *Pair, guest Tracked) Reason {
+	if guest.SPC2 {
+		return HeldBySPC2
+	}
+	if pair.Same || guest.Key == 0 && !f.FullStatus {
+		return NoReason
+	}
+	held := seeReservation(f.Held, guest.Key)
+	s := seeKeys(f.Keys, guest.Key)
+	if f.FullStatus {
+		s = pair.seeFull(f.Status, guest.Key)
+		if s.New != 0 {
+			return LeftoverRegistration
+		}
+		held = s
+	}
+	shared := s.Third > 0 || !f.FullStatus && s.Count > 1
+	if shared && held.Type.Single() && (held.Holder == Old || held.Holder == Holder) && !(f.Move && f.FullStatus) {
+		return KeyShared
+	}
+	return NoReason
+}
+
 // supports asks REPORT SUPPORTED OPERATION CODES for one service action of
 // PERSISTENT RESERVE OUT (SPC-5 6.33); a target that does not answer it is
 // taken not to support anything that need not be.

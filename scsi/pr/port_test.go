@@ -335,6 +335,48 @@ func TestRecoveryAndIdentify(t *testing.T) {
 	}
 }
 
+func TestPreflight(t *testing.T) {
+	ctx := context.Background()
+	for _, tt := range []struct {
+		target Quirks
+		disk   string
+		move   bool
+		guest  Tracked
+		want   Reason
+	}{
+		{Quirks{}, "A register 0 aa 0\nA reserve aa 0 5\nC register 0 cc 0", false, Tracked{Key: keyA}, NoReason},
+		{Quirks{}, "A register 0 aa 0\nB register 0 bb 0", false, Tracked{Key: keyA}, LeftoverRegistration},
+		{Quirks{}, "B register 0 aa 0", false, Tracked{}, LeftoverRegistration},
+		{Quirks{}, "A register 0 aa 0\nA reserve aa 0 5\nC register 0 aa 0", false, Tracked{Key: keyA}, KeyShared},
+		{Quirks{}, "A register 0 aa 0\nA reserve aa 0 5\nC register 0 aa 0", true, Tracked{Key: keyA}, NoReason},
+		{Quirks{}, "A register 0 aa 0\nA reserve aa 0 7\nC register 0 aa 0", false, Tracked{Key: keyA}, NoReason},
+		{Quirks{}, "A register 0 aa 0\nC register 0 aa 0\nC reserve aa 0 5", false, Tracked{Key: keyA}, NoReason},
+		{Quirks{NoFullStatus: true}, "A register 0 aa 0\nA reserve aa 0 5\nC register 0 aa 0", true, Tracked{Key: keyA}, KeyShared},
+		{Quirks{NoFullStatus: true}, "C register 0 cc 0", false, Tracked{}, NoReason},
+		{Quirks{}, "C register 0 cc 0", false, Tracked{SPC2: true}, HeldBySPC2},
+	} {
+		x := newPair(t, tt.target, nil)
+		run(t, x.target, tt.disk)
+		f, err := x.sPort.Probe(ctx)
+		f.Move = tt.move
+		if got := f.Refuse(x.pair, tt.guest); err != nil || got != tt.want {
+			t.Errorf("%q, %+v: %v, %v; want %v", tt.disk, tt.guest, got, err, tt.want)
+		}
+		if tt.want == NoReason || tt.want == HeldBySPC2 {
+			continue
+		}
+		// The machines refuse what the preflight does, and change nothing.
+		x.pair.Move = tt.move && !tt.target.NoMove
+		before := show(x.target)
+		if src, dst := x.migrate(nil); dst.Kind != Refused || dst.Reason != tt.want || src.Kind != Kept && src.Kind != NothingHeld {
+			t.Errorf("%q: %s %s", tt.disk, src.Sentence("S"), dst.Sentence("D"))
+		}
+		if got, was := show(x.target), before; got != was && !tt.target.NoFullStatus {
+			t.Errorf("%q: %s became %s", tt.disk, was, got)
+		}
+	}
+}
+
 // All LUNs at the same time: each is answered only when every other has sent.
 func TestRunAll(t *testing.T) {
 	const n = 5
@@ -493,7 +535,7 @@ func TestLUN(t *testing.T) {
 
 func TestSentences(t *testing.T) {
 	for k := Undecided; k <= HandedOver; k++ {
-		for r := NoReason; r <= NoFullStatus; r++ {
+		for r := NoReason; r <= HeldBySPC2; r++ {
 			s := Outcome{Kind: k, Reason: r, Key: keyA, Type: WriteExclusive, Stale: true}.Sentence("data")
 			if !strings.HasPrefix(s, "data: ") || !strings.HasSuffix(s, ".") || strings.Contains(s, "reason 1") || strings.Contains(s, "%!") {
 				t.Errorf("outcome %d, reason %d: %s", k, r, s)

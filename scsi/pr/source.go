@@ -20,6 +20,7 @@ type Source struct {
 	handed   bool // COMMIT was sent
 	gave     bool // our registration was given up on the destination's request
 	clean    bool // the destination says that it left nothing
+	noted    bool // our journal says that we hand the guest over
 	tries    uint8
 	finished Outcome
 }
@@ -84,7 +85,14 @@ func (s *Source) HandedOver() bool { return s.handed }
 // Readied says that the destination has sent READY.
 func (s *Source) Readied() bool { return s.readied }
 
-func (s *Source) finish(o Outcome) { s.finished, s.phase = o, sourceEnd }
+// finish ends the machine. The journal's entry goes first: where the guest
+// runs here again, no recovery may touch its registration.
+func (s *Source) finish(o Outcome) {
+	s.finished, s.phase = o, sourceEnd
+	if s.noted {
+		s.phase = sourceErase
+	}
+}
 
 func (s *Source) lookThen(then sourcePhase, caps bool) {
 	s.look.start(s.pair, caps)
@@ -139,9 +147,9 @@ func (s *Source) Noted(ok bool) {
 		s.taking.Noted(ok)
 		s.taken()
 	case s.phase == sourceErase:
-		s.phase = sourceEnd
+		s.noted, s.phase = false, sourceEnd
 	case ok:
-		s.handed, s.phase = true, sourceTellGo
+		s.noted, s.handed, s.phase = true, true, sourceTellGo
 	default:
 		s.Cancel()
 	}
@@ -226,7 +234,7 @@ func (s *Source) Receive(m Msg) {
 		s.handed = false
 		s.tries = 0
 		if s.key == 0 || s.pair.Same {
-			s.finish(Outcome{Kind: HandedOver, Key: s.key})
+			s.handedOver(Outcome{Key: s.key})
 			return
 		}
 		s.lookThen(sourceSweep, false)
@@ -318,12 +326,7 @@ func (s *Source) Answer(r Reply) {
 			s.tries++
 			return
 		}
-		s.finished = Outcome{Kind: HandedOver, Key: s.key, Stale: r.Result == Failed}
-		if s.finished.Stale {
-			s.phase = sourceEnd
-			return
-		}
-		s.phase = sourceErase
+		s.handedOver(Outcome{Key: s.key, Stale: r.Result == Failed})
 	}
 }
 
@@ -381,14 +384,24 @@ func (s *Source) looked(failed bool) {
 		holds := see.Type.Single() && (see.Holder == Old || see.Holder == Holder) ||
 			see.Type.AllRegistrants() && see.Registered == 1
 		switch {
-		case failed, left && holds:
-			s.finish(Outcome{Kind: HandedOver, Key: s.key, Type: see.Type, Stale: true})
+		case failed:
+			s.handedOver(Outcome{Key: s.key, Stale: true})
+		case left && holds:
+			s.handedOver(Outcome{Key: s.key, Type: see.Type, Stale: true})
 		case left:
 			s.phase = sourceRemove
 		default:
-			s.finished, s.phase = Outcome{Kind: HandedOver, Key: s.key, Type: see.Type}, sourceErase
+			s.handedOver(Outcome{Key: s.key})
 		}
 	}
+}
+
+// handedOver ends the machine where the guest runs on its destination. What
+// is left of ours stays in the journal.
+func (s *Source) handedOver(o Outcome) {
+	o.Kind = HandedOver
+	s.noted = s.noted && !o.Stale
+	s.finish(o)
 }
 
 // taken ends the forced resume when its takeover has.

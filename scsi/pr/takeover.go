@@ -4,6 +4,11 @@ package pr
 // after a guest's state is loaded and before its vCPUs do. It trusts the disk
 // over the stream and does nothing irreversible before COMMIT.
 //
+// Before Next says anything, the caller drains this host's unit attentions
+// (Port.Drain), and again when it says Finish: Keep and Outcome.Attention say
+// what of them the guest must be told. A journal entry that is still there
+// when the guest runs is the caller's to erase, with its note that it runs.
+//
 // Alone, without a source to ask, it is also what restores a snapshot, and
 // what takes a guest back from a host that the operator says is dead.
 type Dest struct {
