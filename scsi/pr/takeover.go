@@ -118,7 +118,9 @@ func (d *Dest) Next() Step {
 	case destLook:
 		return d.look.cmd(d.key)
 	case destNote, destNoteGo:
-		return Step{Kind: Note, Handed: d.phase == destNoteGo}
+		// After COMMIT S may still carry out what it was asked for, however
+		// late: then ours is the only registration.
+		return Step{Kind: Note, Handed: d.committed && !d.alone}
 	case destVacant:
 		return register(0, 0, d.persist)
 	case destRegister:
