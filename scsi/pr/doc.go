@@ -6,8 +6,10 @@
 //	target.go, quirks.go      the reference target: any number of I_T nexuses
 //	store.go                  the same beside an image file, shared by processes
 //	tracker.go                from a guest's commands and status to its state
-//	takeover.go, source.go    the two ends of a migration, as pure state machines
+//	machine.go                what the state machines of a takeover have in common
+//	takeover.go, source.go    its two ends, the forced resume, snapshots, recovery
 //	port.go, journal.go       what drives the machines on a real LUN
+//	search_test.go            every interleaving of all that
 //
 // Vocabulary, as SPC has it: an I_T nexus is an initiator port and a target
 // port; a registration is a reservation key on a nexus; a holder is the nexus

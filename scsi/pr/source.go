@@ -28,28 +28,28 @@ type Source struct {
 type sourcePhase uint8
 
 const (
-	sourceLook      sourcePhase = iota // reading, then on to then
-	sourceTruth                        // not a phase but a place for a look to lead to, as the next three
-	sourceBack                         //
-	sourceForce                        //
-	sourceSweep                        //
-	sourceSelf                         // REGISTER K to K: are we registered? (no READ FULL STATUS)
-	sourceTellState                    //
-	sourceServe                        // the destination's requests, READY, or the end of it
-	sourceProve                        // REGISTER K to K on its request
-	sourceTellProof                    //
-	sourceNote                         // that we hand the guest over, to the journal
-	sourceTellGo                       // COMMIT
-	sourceMove                         // REGISTER AND MOVE on its request
-	sourceGo                           // REGISTER K to 0 on its request
-	sourceTellGave                     //
-	sourceTellAbort                    //
-	sourceAborted                      // the destination's ABORTED is due
-	sourceOwn                          // rollback without READ FULL STATUS: REGISTER K to K
-	sourceDrop                         // rollback: PREEMPT what the destination left
-	sourceTake                         // the forced resume's takeover
-	sourceRemove                       // the guest runs elsewhere: REGISTER K to 0
-	sourceErase                        //
+	sourceLook  sourcePhase = iota // reading, then on to then
+	sourceTruth                    // not a phase but a place for a look to lead to, as the next three
+	sourceBack
+	sourceForce
+	sourceSweep
+	sourceSelf // REGISTER K to K: are we registered? (no READ FULL STATUS)
+	sourceTellState
+	sourceServe // the destination's requests, READY, or the end of it
+	sourceProve // REGISTER K to K on its request
+	sourceTellProof
+	sourceNote   // that we hand the guest over, to the journal
+	sourceTellGo // COMMIT
+	sourceMove   // REGISTER AND MOVE on its request
+	sourceGo     // REGISTER K to 0 on its request
+	sourceTellGave
+	sourceTellAbort
+	sourceAborted // the destination's ABORTED is due
+	sourceOwn     // rollback without READ FULL STATUS: REGISTER K to K
+	sourceDrop    // rollback: PREEMPT what the destination left
+	sourceTake    // the forced resume's takeover
+	sourceRemove  // the guest runs elsewhere: REGISTER K to 0
+	sourceErase
 	sourceEnd
 )
 

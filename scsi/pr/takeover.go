@@ -53,28 +53,28 @@ const (
 type destPhase uint8
 
 const (
-	destHello     destPhase = iota // STATE is due
-	destLook                       // reading, then on to then
-	destDecide                     // not a phase but a place for a look to lead to, as the next two
-	destWitness                    //
-	destAct                        //
-	destVacant                     // REGISTER 0 to 0: is our nexus unregistered? (it does nothing)
-	destNote                       // intent to the journal
-	destRegister                   // REGISTER 0 to K
-	destConfirm                    // REGISTER K to K: did the former happen?
-	destAskProof                   // ask S to prove itself
-	destProof                      // its answer is due
-	destTellReady                  //
-	destReady                      // COMMIT is due
-	destAskMove                    // ask S to send REGISTER AND MOVE
-	destMoved                      // its answer is due
-	destNoteGo                     // that the guest's only registration may be ours, to the journal
-	destAskGo                      // ask S to unregister
-	destGone                       // its answer is due
-	destPreempt                    // PREEMPT K with K
-	destCheck                      // REGISTER K to K: is our nexus still registered?
-	destRemove                     // REGISTER K to 0, until it is not registered
-	destErase                      // our intent is settled
+	destHello  destPhase = iota // STATE is due
+	destLook                    // reading, then on to then
+	destDecide                  // not a phase but a place for a look to lead to, as the next two
+	destWitness
+	destAct
+	destVacant   // REGISTER 0 to 0: is our nexus unregistered? (it does nothing)
+	destNote     // intent to the journal
+	destRegister // REGISTER 0 to K
+	destConfirm  // REGISTER K to K: did the former happen?
+	destAskProof // ask S to prove itself
+	destProof    // its answer is due
+	destTellReady
+	destReady   // COMMIT is due
+	destAskMove // ask S to send REGISTER AND MOVE
+	destMoved   // its answer is due
+	destNoteGo  // that the guest's only registration may be ours, to the journal
+	destAskGo   // ask S to unregister
+	destGone    // its answer is due
+	destPreempt // PREEMPT K with K
+	destCheck   // REGISTER K to K: is our nexus still registered?
+	destRemove  // REGISTER K to 0, until it is not registered
+	destErase   // our intent is settled
 	destEnd
 )
 
