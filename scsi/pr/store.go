@@ -20,8 +20,8 @@ import (
 
 // File keeps the reservations of a disk image beside it, shared by every
 // process that opens the image: each is one I_T nexus of one logical unit,
-// told apart by its name. IMAGE.pr has the state, IMAGE.pr.lock what the
-// processes lock.
+// told apart by its name. IMAGE.pr has the state, IMAGE.pr.lock and
+// IMAGE.pr.gate are what the processes lock.
 //
 // A change is written to a new file, synced, renamed over the old one, and
 // the directory synced, all before the command is answered. So a crash at any
@@ -80,7 +80,8 @@ func NamedNexus(name string) (Nexus, error) {
 }
 
 // Open opens the reservations of the disk image at path for nexus self. An
-// SPC-2 reservation that self had is over, as after the loss of any nexus.
+// SPC-2 reservation that self had is over, as after the loss of any nexus; so
+// that of a process that died lasts until its name is opened again, or a Reset.
 func Open(image string, self Nexus) (*File, error) {
 	f := &File{path: image + ".pr", self: self, target: NewTarget(Quirks{})}
 	f.idle.L = &f.mu
