@@ -96,7 +96,7 @@ func TestClosed(t *testing.T) {
 		"VCPU.XSave":              second(cpu.XSave()),
 		"VCPU.SetXSave":           cpu.SetXSave(make([]byte, xsaveMin)),
 		"VCPU.XCRs":               second(cpu.XCRs()),
-		"VCPU.SetXCRs":            cpu.SetXCRs(&XCRs{}),
+		"VCPU.SetXCRs":            cpu.SetXCRs(&XCRs{N: 1}),
 		"VCPU.Events":             second(cpu.Events()),
 		"VCPU.SetEvents":          cpu.SetEvents(&VCPUEvents{}),
 		"VCPU.DebugRegs":          second(cpu.DebugRegs()),
