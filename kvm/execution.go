@@ -53,7 +53,7 @@ const (
 
 // ProbeExecution measures whether KVM executes guest kernel code on the processor or
 // interprets it, by a tiny guest that counts down in 64-bit kernel mode. It
-// takes 50 to 300 ms, up to half a second of processor time at worst.
+// takes 50 to 300 ms on an idle machine, half a second of processor time at worst.
 func (s *System) ProbeExecution() (Execution, error) {
 	guest, err := s.guestSpeed()
 	if err != nil {

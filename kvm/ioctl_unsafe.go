@@ -22,7 +22,8 @@ func ioctl(fd uintptr, r request, arg uintptr) (int, error) {
 //
 // Bounds: the request's number holds the size that the kernel copies, and
 // the ABI test proves that T has it; for a list, flexible made the room that its
-// head promises. Lifetime: the conversion stands in the call's argument list, so
+// head promises, and for XSAVE, whose first byte is passed, XSave and SetXSave
+// made the room that the kernel has asked for. Lifetime: the conversion stands in the call's argument list, so
 // the compiler keeps *arg, and what its pointer fields point to, alive and in
 // place until the call returns.
 func ioctlPointer[T any](fd uintptr, r request, arg *T) (int, error) {
