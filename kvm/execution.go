@@ -90,14 +90,12 @@ func spin(n uint64) (x uint64) {
 	return x
 }
 
-var spun uint64 // takes spin's result, so that the call is not useless
-
 func hostSpeed() float64 {
 	runtime.LockOSThread() // whose time is measured
 	defer runtime.UnlockOSThread()
 	for n := uint64(probeFirst); ; {
 		before := threadTime()
-		spun ^= spin(n)
+		runtime.KeepAlive(spin(n))
 		took := threadTime() - before
 		if took >= probeSample {
 			return 2 * float64(n) / took.Seconds()
