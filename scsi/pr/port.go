@@ -16,18 +16,36 @@ import (
 // Sender carries one SCSI command to a logical unit and waits for its answer:
 // what a machine's commands go through. data, if not nil, receives what the
 // target transfers, list is what it is sent; n is how much of either was.
-// An error says that the target did not answer, or not in time.
+// An error says that the target did not answer, or not in time; a command that
+// was answered with an error must not be carried out after a later one.
 type Sender interface {
 	Send(ctx context.Context, cdb, list, data []byte) (n int, a Answer, err error)
 }
 
-// LUN is a Sender over any scsi.LUN. The guest must be stopped: a unit
-// attention that was the guest's to see would be answered to us.
-type LUN struct{ scsi.LUN }
+// LUN is a Sender over any scsi.LUN, for one goroutine. The guest must be
+// stopped: a unit attention that was the guest's to see would be answered to
+// us.
+type LUN struct {
+	scsi.LUN
+	stuck <-chan struct{} // closed when a command that was given up has come back
+}
 
-// Send implements Sender. On a canceled context it returns at once although
-// the command is still in flight and keeps list and data.
-func (l LUN) Send(ctx context.Context, cdb, list, data []byte) (int, Answer, error) {
+// Send implements Sender. Past ctx's end it returns although the command is
+// still in flight, keeping list and data; then no other is sent before it has
+// come back. A machine concludes from what it reads what became of a command,
+// which it could not if the command might still be carried out.
+func (l *LUN) Send(ctx context.Context, cdb, list, data []byte) (int, Answer, error) {
+	if l.stuck != nil {
+		select {
+		case <-l.stuck:
+			l.stuck = nil
+		case <-ctx.Done():
+			return 0, Answer{}, fmt.Errorf("SCSI command %#02x: not sent, an earlier one has not come back: %w", cdb[0], ctx.Err())
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return 0, Answer{}, fmt.Errorf("SCSI command %#02x: not sent: %w", cdb[0], err)
+	}
 	done := make(chan struct{})
 	c := &scsi.Command{CDB: cdb, Done: func(*scsi.Command) { close(done) }}
 	switch {
@@ -40,6 +58,7 @@ func (l LUN) Send(ctx context.Context, cdb, list, data []byte) (int, Answer, err
 	select {
 	case <-done:
 	case <-ctx.Done():
+		l.stuck = done
 		return 0, Answer{}, fmt.Errorf("SCSI command %#02x: %w", cdb[0], ctx.Err())
 	}
 	if c.Outcome != scsi.Completed {

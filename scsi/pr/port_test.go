@@ -514,7 +514,7 @@ func TestLUN(t *testing.T) {
 	ctx := context.Background()
 	tg := NewTarget(Quirks{})
 	tg.Attention(nexA, scsi.PowerOnOccurred)
-	p := Port{Sender: LUN{&pipe{site{target: tg, nexus: nexA}}}}
+	p := Port{Sender: &LUN{LUN: &pipe{site{target: tg, nexus: nexA}}}}
 	pair := &Pair{Old: nexA, New: nexB, FullStatus: true}
 	if r := p.Do(ctx, pair, Cmd{Write: true, Out: Register, ServiceKey: keyA}); r.Result != Done {
 		t.Errorf("REGISTER: %v", r)
@@ -530,6 +530,41 @@ func TestLUN(t *testing.T) {
 	}
 	if len(p.Seen) != 1 || p.Seen[0] != scsi.PowerOnOccurred {
 		t.Errorf("unit attentions: %v", p.Seen)
+	}
+}
+
+// slow is a scsi.LUN that holds commands back until it is told.
+type slow struct {
+	pipe
+	held chan *scsi.Command
+}
+
+func (s *slow) Submit(c *scsi.Command) { s.held <- c }
+
+// A command that was given up is not overtaken by another.
+func TestLUNStuck(t *testing.T) {
+	tg := NewTarget(Quirks{})
+	dev := &slow{pipe{site{target: tg, nexus: nexA}}, make(chan *scsi.Command, 2)}
+	l := &LUN{LUN: dev}
+	register, list := Out{Action: Register, ServiceKey: keyA}.Encode()
+	ctx, cancel := context.WithCancel(context.Background())
+	gaveUp := make(chan error)
+	go func() {
+		_, _, err := l.Send(ctx, register, list, nil)
+		gaveUp <- err
+	}()
+	stuck := <-dev.held
+	cancel()
+	if err := <-gaveUp; !errors.Is(err, context.Canceled) {
+		t.Errorf("Send = %v; want %v", err, context.Canceled)
+	}
+	if _, _, err := l.Send(ctx, register, list, nil); err == nil || len(dev.held) != 0 {
+		t.Errorf("a second command was sent, or not refused: %v", err)
+	}
+	dev.pipe.Submit(stuck)
+	go func() { dev.pipe.Submit(<-dev.held) }()
+	if _, a, err := l.Send(context.Background(), register, list, nil); err != nil || a != conflict {
+		t.Errorf("Send = %v, %v; want %v: the first one has registered", a, err, conflict)
 	}
 }
 
