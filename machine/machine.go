@@ -349,9 +349,18 @@ func (m *Machine) tryLoad() error {
 	return err
 }
 
-// enter loads the kernel and stands the first vCPU at its first instruction;
-// the others wait for it to start them.
+// enter makes chips and vCPUs new, loads the kernel and stands the first vCPU
+// at its first instruction; the others wait for it to start them. The vCPUs
+// stand still.
 func (m *Machine) enter() error {
+	if err := restoreChips(m.vm, &m.freshChips); err != nil {
+		return err
+	}
+	for i, v := range m.vcpus {
+		if err := restoreVCPU(v.cpu, &m.freshVCPUs[i]); err != nil {
+			return err
+		}
+	}
 	entry, err := m.load()
 	if err != nil {
 		return err
@@ -366,20 +375,12 @@ func (m *Machine) enter() error {
 	return first.SetRegs(&regs)
 }
 
-// reset makes everything but memory and LUNs what it was after New. The vCPUs
-// stand still.
+// reset makes everything but memory and LUNs what it was after New, and enters
+// the kernel again. The vCPUs stand still.
 func (m *Machine) reset() error {
 	m.pci.Reset() // waits for what the devices have in flight
 	for _, d := range m.legacy {
 		d.Reset()
-	}
-	if err := restoreChips(m.vm, &m.freshChips); err != nil {
-		return err
-	}
-	for i, v := range m.vcpus {
-		if err := restoreVCPU(v.cpu, &m.freshVCPUs[i]); err != nil {
-			return err
-		}
 	}
 	return m.enter()
 }

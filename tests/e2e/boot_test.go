@@ -105,7 +105,7 @@ func TestBootMatrix(t *testing.T) {
 func quietLog(t *testing.T, v *vm) {
 	t.Helper()
 	log := v.sh("dmesg")
-	bad := regexp.MustCompile(`(?im)^.*(\bBUG\b|WARNING:|Oops|call trace|ACPI (BIOS )?(Error|Warning)|firmware bug|nobody cared|soft lockup|unable to handle|invalid opcode|general protection).*$`)
+	bad := regexp.MustCompile(`(?m)^.*(BUG: |WARNING: |Oops|Call Trace|ACPI (BIOS )?(Error|Warning)|Firmware Bug|nobody cared|soft lockup|[Uu]nable to handle|invalid opcode|general protection|Failed to).*$`)
 	for _, line := range bad.FindAllString(log, -1) {
 		t.Errorf("the guest's kernel says: %s", line)
 	}

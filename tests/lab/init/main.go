@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vmm/kvm"
 	"vmm/tests/lab/agent"
 	"vmm/tests/lab/pid1"
 )
@@ -83,11 +84,29 @@ func setUp() error {
 	for _, share := range cmdline.All("lab.share") {
 		check(mountShare(share))
 	}
+	check(holdKVM())
 	check(networkUp("lo", "127.0.0.1/8"))
 	for i, address := range cmdline.All("lab.ip") {
 		check(networkUp(fmt.Sprintf("eth%d", i), address))
 	}
 	return errors.Join(failed...)
+}
+
+// held is a virtual machine that nobody uses.
+var held *kvm.VM
+
+// holdKVM keeps a virtual machine as long as the host lives. With the first
+// one and after the last one the kernel patches its scheduler's code, and
+// QEMU's emulator sometimes goes on running the breakpoint that stands there
+// meanwhile: both processors then take breakpoints for ever.
+func holdKVM() (err error) {
+	system, err := kvm.Open(kvm.DefaultPath)
+	if err != nil {
+		return err
+	}
+	defer system.Close()
+	held, err = system.CreateVM()
+	return err
 }
 
 // mountShare mounts a directory of the outer machine: TAG:rw or TAG:ro on
