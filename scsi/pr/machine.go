@@ -79,10 +79,11 @@ func (w Who) String() string {
 // Sight is what a machine makes of what it reads: the LUN's state as it
 // matters to one guest with one key.
 type Sight struct {
-	Old, New   Key   // registrations of the pair (READ FULL STATUS)
-	Third      uint8 // other nexuses that use the guest's key (READ FULL STATUS)
-	Count      uint8 // nexuses that use the guest's key (READ KEYS)
-	Registered uint8 // nexuses with any key
+	Generation uint32 // PRgeneration
+	Old, New   Key    // registrations of the pair (READ FULL STATUS)
+	Third      uint8  // other nexuses that use the guest's key (READ FULL STATUS)
+	Count      uint8  // nexuses that use the guest's key (READ KEYS)
+	Registered uint8  // nexuses with any key
 	Type       Type
 	Holder     Who
 	Persist    bool // PTPL_A (REPORT CAPABILITIES)
@@ -105,7 +106,7 @@ func (s *Sight) merge(in InAction, r Sight) {
 	case ReadFullStatus:
 		persist := s.Persist
 		*s = r
-		s.Persist = persist
+		s.Generation, s.Persist = 0, persist
 	case ReportCapabilities:
 		s.Persist = r.Persist
 	}
@@ -116,7 +117,7 @@ func saturated(n uint8) uint8 { return min(n, 254) + 1 }
 
 // seeFull is what f says about key k.
 func (p *Pair) seeFull(f FullStatus, k Key) Sight {
-	var s Sight
+	s := Sight{Generation: f.Generation}
 	for _, r := range f.Registrations {
 		s.Registered = saturated(s.Registered)
 		who := Other
@@ -147,7 +148,7 @@ func (n Nexus) same(m Nexus) bool {
 
 // seeKeys is what READ KEYS says about key k.
 func seeKeys(keys Keys, k Key) Sight {
-	var s Sight
+	s := Sight{Generation: keys.Generation}
 	for _, key := range keys.Keys {
 		s.Registered = saturated(s.Registered)
 		if key == k {
@@ -159,7 +160,7 @@ func seeKeys(keys Keys, k Key) Sight {
 
 // seeReservation is what READ RESERVATION says about key k.
 func seeReservation(r Reservation, k Key) Sight {
-	s := Sight{Type: r.Type}
+	s := Sight{Generation: r.Generation, Type: r.Type}
 	switch {
 	case r.Type == None:
 	case r.Type.AllRegistrants():
@@ -356,8 +357,11 @@ const (
 // FULL STATUS a single one, else READ RESERVATION and READ KEYS, between
 // which others may act. In that order: who is seen to hold with the guest's
 // key is then counted, or has given the key up. In the other order a third
-// nexus that takes key and reservation in between would be taken for S.
+// nexus that takes key and reservation in between would be taken for S. And
+// with one PRgeneration in both, or it is done again: a third nexus that had
+// the guest's key only for the first would be, too.
 type look struct {
+	gen   uint32 // PRgeneration with READ RESERVATION
 	see   Sight
 	in    InAction // the command that is due
 	caps  bool     // REPORT CAPABILITIES too
@@ -381,16 +385,21 @@ func (l *look) answer(r Reply) (over, failed bool) {
 		l.tries++
 		return l.tries == maxTries, l.tries == maxTries
 	}
-	l.tries = 0
 	l.see.merge(l.in, r.Sight)
 	switch {
 	case l.in == ReadReservation:
-		l.in = ReadKeys
+		l.in, l.gen = ReadKeys, r.Sight.Generation
 		return false, false
+	case l.in == ReadKeys && l.gen != r.Sight.Generation:
+		l.in, l.gen = ReadReservation, 0
+		l.tries++
+		return l.tries == maxTries, l.tries == maxTries
 	case l.in != ReportCapabilities && l.caps:
 		l.in = ReportCapabilities
+		l.gen, l.tries = 0, 0
 		return false, false
 	}
+	l.gen, l.tries = 0, 0
 	return true, false
 }
 

@@ -44,8 +44,8 @@ const (
 
 var searchNexus = [nNexuses]Nexus{{FC(1), 1}, {FC(2), 2}, {FC(3), 3}, {FC(4), 4}}
 
-// disk is a target's state in 32 bits. PRgeneration is left out: no machine
-// looks at it. Unit attentions are looked at after each command.
+// disk is a target's state in 32 bits. PRgeneration is left out: see
+// generation. Unit attentions are looked at after each command.
 type disk uint32
 
 func pack(t *Target) disk {
@@ -213,6 +213,8 @@ const (
 	lateS                         // O took K as its key since S last looked at the registrations
 	lateD                         // since D did
 	tookKey                       // O has had K as its key
+	movedS                        // PRgeneration went up since S read the reservation
+	movedD                        // since D did
 	raced                         // and lost it to a PREEMPT of ours
 	erred                         // a command was answered with an error
 	takenBack                     // moveEarly: S has begun to take K back
@@ -224,6 +226,22 @@ func late(n int) flag32 {
 		return lateS
 	}
 	return lateD
+}
+
+func moved(n int) flag32 {
+	if n == nS {
+		return movedS
+	}
+	return movedD
+}
+
+// generation notes that a command has made PRgeneration go up: all that a
+// machine can tell is whether it did between two commands of its own. Only
+// targets without READ FULL STATUS are looked at with two.
+func (x *search) generation(w *world, was uint32) {
+	if x.target.gen != was && !x.pair.FullStatus {
+		w.flags |= movedS | movedD
+	}
 }
 
 func (w *world) is(f flag32) bool { return w.flags&f != 0 }
@@ -417,9 +435,15 @@ func (x *search) command(w *world, n int, c Cmd) Reply {
 				}
 			}
 			w.flags &^= late(n)
+			if w.is(moved(n)) {
+				k.Generation = 1
+			}
 			return Reply{Sight: x.mutateSight(seeKeys(k, c.Key))}
 		case ReadReservation:
-			return Reply{Sight: seeReservation(t.Reservation(), c.Key)}
+			w.flags &^= moved(n)
+			r := t.Reservation()
+			r.Generation = 0
+			return Reply{Sight: seeReservation(r, c.Key)}
 		}
 		return Reply{Sight: Sight{Persist: t.persist}}
 	}
@@ -427,7 +451,9 @@ func (x *search) command(w *world, n int, c Cmd) Reply {
 	if c.Out == RegisterAndMove {
 		o.MoveTo, o.Unregister = searchNexus[nD], true
 	}
+	gen := t.gen
 	a := t.out(n, &o)
+	x.generation(w, gen)
 	r := Reply{Result: Done}
 	switch {
 	case a == conflict:
@@ -843,7 +869,9 @@ func (x *search) expandThird(w *world) {
 		n := *w
 		n.third--
 		x.disk(w.disk)
+		gen := x.target.gen
 		a := x.target.out(nO, &o)
+		x.generation(&n, gen)
 		n.disk = pack(x.target)
 		x.disk(w.shadow)
 		b := x.target.out(nO, &o)
