@@ -24,7 +24,7 @@ import (
 
 var only = flag.String("only", "", "search only starting points whose name contains this")
 
-var bound = flag.String("search", "quick", "how far to search: quick (seconds), ci (a minute of processor time) or deep (an hour)")
+var bound = flag.String("search", "quick", "how far to search: quick (seconds), ci (a minute of processor time) or deep (hours)")
 
 // The nexuses of the search, and the keys.
 const (
@@ -1221,7 +1221,7 @@ func TestSearchQEMU(t *testing.T) {
 	}
 }
 
-// qemuHook is QEMU 11.1's hw/scsi/scsi-disk.c as PR.md describes it: the
+// qemuHook is QEMU 11.1's handling in hw/scsi, as its sources have it: the
 // destination's post-load hook, and the same function on a source whose
 // migration has failed.
 type qemuHook struct {
