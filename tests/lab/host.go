@@ -103,15 +103,19 @@ const consoleSize = 256 << 10
 // Start starts a host and waits until it takes commands. When ctx is done
 // before that, the host is ended; afterwards it lives until Close.
 func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
-	var closers []io.Closer
+	// Once QEMU has its own descriptors, ours go: an end that we keep open
+	// would hide QEMU's end from us and from the host at the other side.
+	var inherited []*os.File
 	for _, nic := range cfg.NICs {
-		closers = append(closers, nic.End)
+		inherited = append(inherited, nic.End)
 	}
-	defer func() {
-		for _, c := range closers { // QEMU has its own descriptors by now
-			c.Close()
+	closeInherited := func() {
+		for _, f := range inherited {
+			f.Close()
 		}
-	}()
+		inherited = nil
+	}
+	defer closeInherited()
 	if cfg.Kernel == nil {
 		if cfg.Kernel, err = kernel.Find(ctx, kernel.Generic); err != nil {
 			return nil, err
@@ -125,7 +129,7 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 	if err != nil {
 		return nil, err
 	}
-	closers = append(closers, theirs)
+	inherited = append(inherited, theirs)
 	args, files, err := cfg.arguments(image, theirs)
 	if err != nil {
 		conn.Close()
@@ -137,8 +141,14 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 		conn.Close()
 		return nil, fmt.Errorf("lab: %w", err)
 	}
+	closeInherited()
 	h.client = agent.NewClient(conn)
 	if err := h.client.Ping(ctx); err != nil {
+		select {
+		case <-h.client.Done():
+			h.awaitEnd(lastWords)
+		default:
+		}
 		h.kill()
 		return nil, fmt.Errorf("lab: host did not start: %w\n%s", err, h.post())
 	}
@@ -276,17 +286,26 @@ func (h *Host) post() string {
 	return text
 }
 
-// closeTime is how long a host may take to power itself off.
-const closeTime = 30 * time.Second
+const (
+	// closeTime is how long a host may take to power itself off.
+	closeTime = 30 * time.Second
+	// lastWords is how long QEMU may take to end by itself once its end of the
+	// agent's line is gone: it has something to say.
+	lastWords = 5 * time.Second
+)
+
+func (h *Host) awaitEnd(most time.Duration) {
+	select {
+	case <-h.qemu.ended:
+	case <-time.After(most):
+	}
+}
 
 // Close powers the host off and waits for its end. The error says whether its
 // kernel was in trouble.
 func (h *Host) Close() error {
 	h.client.PowerOff()
-	select {
-	case <-h.qemu.ended:
-	case <-time.After(closeTime):
-	}
+	h.awaitEnd(closeTime)
 	h.kill()
 	return h.Trouble()
 }

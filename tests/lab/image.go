@@ -138,6 +138,9 @@ func GoProgram(ctx context.Context, pkg string) ([]byte, error) {
 		}
 	}
 	if text, err := cmd.CombinedOutput(); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		return nil, fmt.Errorf("lab: go build %s: %w: %s", pkg, err, text)
 	}
 	return os.ReadFile(out)

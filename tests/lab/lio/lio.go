@@ -257,6 +257,7 @@ func (l *LUN) Close() error {
 		os.Remove(filepath.Join(root, "pr", "aptpl_"+l.Serial)) // its saved reservations, if there are any
 	}
 	if l.ownFile {
+		l.ownFile = false
 		return os.Remove(l.File)
 	}
 	return nil
