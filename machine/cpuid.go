@@ -55,10 +55,9 @@ type feature struct {
 // 64-bit kernel on this machine needs.
 var (
 	featuresBase = []feature{
-		{"fpu", leaf1D, 0}, {"vme", leaf1D, 1}, {"de", leaf1D, 2}, {"pse", leaf1D, 3}, {"tsc", leaf1D, 4}, {"msr", leaf1D, 5},
-		{"pae", leaf1D, 6}, {"mce", leaf1D, 7}, {"cx8", leaf1D, 8}, {"apic", leaf1D, 9}, {"sep", leaf1D, 11}, {"mtrr", leaf1D, 12},
-		{"pge", leaf1D, 13}, {"mca", leaf1D, 14}, {"cmov", leaf1D, 15}, {"pat", leaf1D, 16}, {"pse36", leaf1D, 17},
-		{"clflush", leaf1D, 19}, {"mmx", leaf1D, 23}, {"fxsr", leaf1D, 24}, {"sse", leaf1D, 25}, {"sse2", leaf1D, 26},
+		{"fpu", leaf1D, 0}, {"pse", leaf1D, 3}, {"tsc", leaf1D, 4}, {"msr", leaf1D, 5}, {"pae", leaf1D, 6}, {"cx8", leaf1D, 8},
+		{"apic", leaf1D, 9}, {"pge", leaf1D, 13}, {"cmov", leaf1D, 15}, {"pat", leaf1D, 16}, {"mmx", leaf1D, 23},
+		{"fxsr", leaf1D, 24}, {"sse", leaf1D, 25}, {"sse2", leaf1D, 26},
 		{"syscall", leafExtD, 11}, {"nx", leafExtD, 20}, {"lm", leafExtD, 29},
 	}
 	featuresV2 = []feature{
@@ -70,9 +69,11 @@ var (
 		{"bmi1", leaf7B, 3}, {"avx2", leaf7B, 5}, {"bmi2", leaf7B, 8}, {"abm", leafExtC, 5},
 	}
 	// featuresKept are passed on in every model where KVM offers them: they
-	// belong to the virtual platform, which is the same on every host, or
-	// mirror bits of leaf 1.
+	// belong to the virtual platform, or every 64-bit processor has them but an
+	// emulated one may not.
 	featuresKept = []feature{
+		{"vme", leaf1D, 1}, {"de", leaf1D, 2}, {"mce", leaf1D, 7}, {"sep", leaf1D, 11}, {"mtrr", leaf1D, 12}, {"mca", leaf1D, 14},
+		{"pse36", leaf1D, 17}, {"clflush", leaf1D, 19},
 		{"x2apic", leaf1C, 21}, {"tsc_deadline_timer", leaf1C, 24}, {"hypervisor", leaf1C, 31}, {"ht", leaf1D, 28},
 	}
 	// featuresHidden are taken out of every model: they cannot be kept across
