@@ -22,7 +22,8 @@ import (
 
 const (
 	windowStart memory.GPA = 0xc0000000
-	windowSize             = 0x100000
+
+	windowSize = 0x100000
 )
 
 // ram is a handler that remembers what was written, and one that tells who

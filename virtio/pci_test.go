@@ -25,7 +25,6 @@ type echo struct {
 	mu     sync.Mutex
 	calls  []string
 	a      Activation
-	rests  bool
 	config [8]byte
 
 	startErr  error

@@ -119,7 +119,6 @@ func TestSCSIUnderStress(t *testing.T) {
 	// laid out before.
 	type work struct {
 		cmds []*scsiCommand
-		next int
 	}
 	for q := 2; q < 2+queues; q++ {
 		w := &work{}

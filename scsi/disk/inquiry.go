@@ -77,7 +77,7 @@ func (l *LUN) vitalProductData(c *scsi.Command, page byte, allocation uint32) re
 		b[7-4] = 0x01 // LUICLR: a unit attention of one nexus is that nexus's own
 	case pageLimits:
 		n = 0x3c
-		b[4-4] = 0x01 // WSNZ: a WRITE SAME of 0 blocks is refused
+		b[0] = 0x01 // WSNZ: a WRITE SAME of 0 blocks is refused
 		b[5-4] = byte(l.maxCompareBlocks())
 		binary.BigEndian.PutUint16(b[6-4:], uint16(granule>>l.blockShift)) // optimal transfer length granularity
 		binary.BigEndian.PutUint32(b[8-4:], maxTransfer>>l.blockShift)

@@ -224,8 +224,7 @@ func TestResetDrains(t *testing.T) {
 func TestCloseWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := newTasks(t)
-		var again *scsi.Command
-		again = &scsi.Command{CDB: []byte("again")}
+		again := &scsi.Command{CDB: []byte("again")}
 		q.submit(&scsi.Command{CDB: []byte("first"), Done: func(*scsi.Command) {
 			again.Done = func(*scsi.Command) { q.done = append(q.done, "again") }
 			q.submit(again)

@@ -1230,7 +1230,6 @@ type qemuHook struct {
 	started bool
 	typ     Type
 	key     Key
-	ok      bool // the reservation is known to be ours
 }
 
 // The phases of the hook.

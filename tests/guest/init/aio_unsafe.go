@@ -15,18 +15,16 @@ import (
 
 // iocb is struct iocb of linux/aio_abi.h, little endian.
 type iocb struct {
-	data   uint64 // comes back in the event
-	key    uint32
-	rwFlag uint32
+	data   uint64    // comes back in the event
+	_      [2]uint32 // key, rw_flags
 	opcode uint16
-	prio   int16
+	_      int16 // request priority
 	fd     uint32
 	buf    uint64
 	nbytes uint64
 	offset int64
 	_      uint64
-	flags  uint32
-	resfd  uint32
+	_      [2]uint32 // flags, eventfd
 }
 
 // ioEvent is struct io_event.

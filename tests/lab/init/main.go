@@ -27,11 +27,8 @@ const portName = "vmm.lab.agent"
 
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == "agent" {
-		if err := serve(); err != nil {
-			pid1.Log("lab: agent: %v", err)
-			os.Exit(1)
-		}
-		return
+		pid1.Log("lab: agent: %v", serve())
+		os.Exit(1)
 	}
 	if len(os.Args) == 3 && os.Args[1] == "connect" {
 		if err := connect(os.Args[2]); err != nil {
@@ -93,6 +90,8 @@ func setUp() error {
 }
 
 // held is a virtual machine that nobody uses.
+//
+//lint:ignore U1000 holding it is its use
 var held *kvm.VM
 
 // holdKVM keeps a virtual machine as long as the host lives. With the first
@@ -179,7 +178,8 @@ func networkUp(name, cidr string) error {
 	return nil
 }
 
-// serve answers on the lab's port until the outer end is closed.
+// serve answers on the lab's port until the outer end is closed; it returns
+// why it does not any more.
 func serve() error {
 	names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
 	if err != nil {
