@@ -52,6 +52,7 @@ lab: ## a shell in a lab host: nested KVM, LIO, the tools
 
 bench: ## side by side with QEMU, and the controller's own benchmarks
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS))
+	go test -run '^$$' -bench 'SCSI|Queue|RoundTrip' ./virtio
 	@./scripts/guests bench
 
 fuzz: ## every fuzzer for 10 minutes (FUZZTIME=...)
