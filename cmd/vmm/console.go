@@ -38,13 +38,19 @@ func (e *escapes) filter(p []byte) (guest []byte, quit bool) {
 	return e.buf, false
 }
 
+// isTerminal says whether a person types here.
+func isTerminal(r io.Reader) (*os.File, bool) {
+	f, ok := r.(*os.File)
+	return f, ok && term.IsTerminal(int(f.Fd()))
+}
+
 // attachConsole sends what comes from stdin to the guest until quit or end of
 // file, which is no reason to stop the guest. On a terminal it sets raw mode;
 // restore undoes that and may be called more than once.
 func attachConsole(stdin io.Reader, guest func([]byte), quit func()) (restore func(), err error) {
 	restore = func() {}
 	var keys *escapes
-	if f, ok := stdin.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+	if f, ok := isTerminal(stdin); ok {
 		before, err := term.MakeRaw(int(f.Fd()))
 		if err != nil {
 			return restore, err

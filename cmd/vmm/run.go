@@ -127,7 +127,11 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 	}
 	stderr := c.ErrOrStderr()
 	cfg.Console = c.OutOrStdout()
-	cfg.Warn = func(line string) { fmt.Fprintf(stderr, "vmm: %s\r\n", line) }
+	newline := "\n"
+	if _, raw := isTerminal(c.InOrStdin()); raw {
+		newline = "\r\n" // while the guest has the terminal, a line feed does no more than it says
+	}
+	cfg.Warn = func(line string) { fmt.Fprintf(stderr, "vmm: %s%s", line, newline) }
 	if f.serial != "" {
 		port, err := listenSerial(f.serial)
 		if err != nil {
