@@ -108,6 +108,9 @@ func TestAgent(t *testing.T) {
 	host := startHost(t)
 	for _, flavour := range kernel.Flavours {
 		t.Run(string(flavour), func(t *testing.T) {
+			if testing.Short() && flavour != kernel.Cloud {
+				t.Skip("the tests of vmm boot such a guest, too")
+			}
 			if out, err := host.Command(t.Context(), "sh", "-c", "truncate -s 64M /tmp/disk").CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
@@ -237,6 +240,9 @@ func TestWork(t *testing.T) {
 		{"unknown", "guest.work=nonsense", nil, "guest.work=nonsense: no such work", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			if testing.Short() && test.name != "script" {
+				t.Skip("the tests of vmm boot such a guest, too")
+			}
 			k, err := kernel.Find(t.Context(), kernel.Cloud)
 			if err != nil {
 				t.Fatal(err)
