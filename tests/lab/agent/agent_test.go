@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -140,14 +141,35 @@ func TestContextKillsCommand(t *testing.T) {
 	if err := cmd.Wait(); !errors.Is(err, why) {
 		t.Errorf("Wait after cancel = %v; want %v", err, why)
 	}
-	// The child of the shell, too, is gone, or a zombie that init has not
-	// reaped yet.
-	stat, err := os.ReadFile("/proc/" + strings.TrimSpace(string(line[:n])) + "/stat")
-	if err == nil && !strings.Contains(string(stat), ") Z ") {
-		t.Errorf("the command's child lives on: %s", stat)
+	// The child of the shell, too, ends.
+	pid, err := strconv.Atoi(strings.TrimSpace(string(line[:n])))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !ends(t, pid) {
+		t.Errorf("the command's child %d lives on", pid)
 	}
 	if err := c.Command(ctx, "true").Start(); !errors.Is(err, why) {
 		t.Errorf("Start after cancel = %v; want %v", err, why)
+	}
+}
+
+// ends waits for the end of a process that need not be our child.
+func ends(t *testing.T, pid int) bool {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == unix.ESRCH {
+		return true
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000)
+		if err != unix.EINTR {
+			return n == 1
+		}
 	}
 }
 
