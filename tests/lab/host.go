@@ -42,11 +42,11 @@ type Config struct {
 	CPUs   int            // 2 if 0
 	Kernel *kernel.Kernel // Debian's generic kernel if nil; needs kvm_amd, LIO and 9p as modules
 
-	// Share is a directory of the outer machine that the host has as /work,
+	// Share is a directory of the outer machine that the host has as /share,
 	// writable; none if empty.
 	Share string
 	// HostRoot gives the host the outer machine's root directory, read-only, as
-	// /outer, with /dev, /proc, /sys, /run and /tmp of the host and /work as
+	// /outer, with /dev, /proc, /sys, /run and /tmp of the host and /share as
 	// /mnt, ready for "outer PROGRAM" (chroot /outer PROGRAM).
 	HostRoot bool
 	// NICs are network interfaces, eth0 and so on.
@@ -206,7 +206,7 @@ func (cfg *Config) arguments(image string, port *os.File) ([]string, []*os.File,
 		return nil
 	}
 	if cfg.Share != "" {
-		if err := share("work", cfg.Share, "rw"); err != nil {
+		if err := share("share", cfg.Share, "rw"); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -78,7 +78,7 @@ func Image(ctx context.Context, k *kernel.Kernel) (string, error) {
 	a.File("/etc/group", 0o644, []byte("root:x:0:\n"))
 	a.File("/etc/profile", 0o644, []byte("PS1='\\h:\\w\\$ '\nalias ll='ls -l'\n"))
 	a.File("/bin/outer", 0o755, []byte(`#!/bin/sh
-# Runs a program of the outer machine, in its file system. /work is /mnt there.
+# Runs a program of the outer machine, in its file system. /share is /mnt there.
 exec chroot /outer "$@"
 `))
 	return Store(ctx, "host-"+k.Release, &a)

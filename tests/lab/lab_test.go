@@ -75,8 +75,8 @@ func TestHost(t *testing.T) {
 	for _, test := range []struct{ script, want string }{
 		{"uname -n; uname -r; nproc", "alpha\n" + k.Release + "\n2"},
 		{"test -c /dev/kvm && cat /sys/module/kvm_amd/parameters/npt", "Y"},
-		{"cat /work/in", "from outside"},
-		{"mount | grep -c -E ' (/proc|/sys|/dev|/sys/kernel/config|/sys/kernel/debug|/work|/outer) '", "7"},
+		{"cat /share/in", "from outside"},
+		{"mount | grep -c -E ' (/proc|/sys|/dev|/sys/kernel/config|/sys/kernel/debug|/share|/outer) '", "7"},
 		{"outer cat /etc/debian_version", strings.TrimSpace(read(t, "/etc/debian_version"))},
 		{"outer cat /mnt/in", "from outside"},
 		{"touch /outer/etc/x 2>/dev/null || echo refused", "refused"},
@@ -93,9 +93,9 @@ func TestHost(t *testing.T) {
 		}
 	}
 
-	output(t, h, "echo from inside > /work/out")
+	output(t, h, "echo from inside > /share/out")
 	if got := read(t, filepath.Join(share, "out")); got != "from inside\n" {
-		t.Errorf("a file written in /work = %q outside; want \"from inside\\n\"", got)
+		t.Errorf("a file written in /share = %q outside; want \"from inside\\n\"", got)
 	}
 
 	err = h.Command(t.Context(), "sh", "-c", "exit 5").Run()
@@ -144,7 +144,7 @@ func TestLIO(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	h := start(t, Config{Memory: 2 << 30, Share: share})
-	cmd := h.Command(t.Context(), "/work/lio.test", "-test.v")
+	cmd := h.Command(t.Context(), "/share/lio.test", "-test.v")
 	cmd.Env = []string{"VMM_TEST_LIO=1"}
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)

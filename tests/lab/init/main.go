@@ -126,8 +126,8 @@ func mountShare(share string) error {
 		{Source: "/run", Target: dir + "/run", Flags: unix.MS_BIND},
 		{Source: "/tmp", Target: dir + "/tmp", Flags: unix.MS_BIND},
 	}
-	if _, err := os.Stat("/work"); err == nil {
-		mounts = append(mounts, pid1.Mount{Source: "/work", Target: dir + "/mnt", Flags: unix.MS_BIND})
+	if _, err := os.Stat("/share"); err == nil {
+		mounts = append(mounts, pid1.Mount{Source: "/share", Target: dir + "/mnt", Flags: unix.MS_BIND})
 	}
 	for _, m := range mounts {
 		if err := m.Do(); err != nil {

@@ -66,7 +66,7 @@ func command() *cobra.Command {
 		f := c.Flags()
 		f.StringVar(&o.memory, "memory", "4G", "the host's memory")
 		f.IntVar(&o.cpus, "cpus", 2, "the host's processors")
-		f.StringVar(&o.share, "share", "", "directory of this machine that the host has as /work, writable")
+		f.StringVar(&o.share, "share", "", "directory of this machine that the host has as /share, writable")
 		f.BoolVar(&o.hostRoot, "host-root", false, "give the host this machine's / read-only as /outer; \"outer PROGRAM\" runs a program of it")
 		f.StringArrayVar(&o.env, "env", nil, "K=V for the command's environment")
 		f.StringVar(&o.dir, "dir", "", "the command's working directory")
