@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"time"
 
 	"vmm/tests/lab/initrd"
 	"vmm/tests/lab/kernel"
@@ -92,9 +93,11 @@ func Store(ctx context.Context, name string, a *initrd.Archive) (string, error) 
 		return "", err
 	}
 	path := filepath.Join(dir, name+"-"+a.Key()+".cpio")
-	if _, err := os.Stat(path); err == nil {
+	now := time.Now()
+	if os.Chtimes(path, now, now) == nil {
 		return path, nil
 	}
+	prune(filepath.Join(dir, name+"-*.cpio"), now.Add(-unused))
 	temp, err := os.CreateTemp(dir, "tmp-image-")
 	if err != nil {
 		return "", err
@@ -118,6 +121,20 @@ func Store(ctx context.Context, name string, a *initrd.Archive) (string, error) 
 		return "", fmt.Errorf("lab: image %s: %w", path, err)
 	}
 	return path, nil
+}
+
+// unused is how long an image is kept that nobody asks for.
+const unused = 24 * time.Hour
+
+// prune removes the files that match pattern and were last used before a time.
+// One that cannot be removed does no harm.
+func prune(pattern string, before time.Time) {
+	old, _ := filepath.Glob(pattern)
+	for _, path := range old {
+		if info, err := os.Stat(path); err == nil && info.ModTime().Before(before) {
+			os.Remove(path)
+		}
+	}
 }
 
 // GoProgram builds a program of this module, static and reproducible, and

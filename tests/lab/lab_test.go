@@ -341,7 +341,7 @@ func TestArguments(t *testing.T) {
 	line := strings.Join(args, " ")
 	for _, want := range []string{
 		"-smp 4 ", "-m 3072 ", "path=" + strings.ReplaceAll(comma, ",", ",,") + " ", "readonly=on ",
-		"socket,id=net0,fd=4 ", "mac=52:54:0a:00:00:07 ", "lab.name=x ", "lab.share=work:rw ", "lab.share=outer:ro ", "lab.ip=10.0.0.7/24 more=1 -s",
+		"socket,id=net0,fd=4 ", "mac=52:54:0a:00:00:07 ", "lab.name=x ", "lab.share=share:rw ", "lab.share=outer:ro ", "lab.ip=10.0.0.7/24 more=1 -s",
 	} {
 		if !strings.Contains(line, want) {
 			t.Errorf("arguments = %s; want %q in them", line, want)
@@ -379,6 +379,27 @@ func TestStore(t *testing.T) {
 	}
 	if entries, _ := os.ReadDir(filepath.Dir(first)); len(entries) != 2 {
 		t.Errorf("the cache has %d entries; want 2", len(entries))
+	}
+
+	// An image that is used stays; one that was not for long goes when a new
+	// one comes.
+	long := time.Now().Add(-2 * unused)
+	for _, path := range []string{first, other} {
+		if err := os.Chtimes(path, long, long); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Store(t.Context(), "x", testArchive("one")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Store(t.Context(), "x", testArchive("three")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(first); err != nil {
+		t.Errorf("an image in use was removed: %v", err)
+	}
+	if _, err := os.Stat(other); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("an image unused for two days is still there: %v", err)
 	}
 }
 
