@@ -19,7 +19,7 @@ import (
 // initramfs and LUN, taking turns. What counts is the ratios.
 
 const (
-	benchRounds = 3
+	benchRounds = 2
 	benchMemory = 512 // MiB
 	benchIOTime = 5 * time.Second
 )
