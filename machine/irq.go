@@ -11,9 +11,6 @@ import (
 	"vmm/pci"
 )
 
-// firstMSI is the first GSI behind the IOAPIC's pins.
-const firstMSI kvm.GSI = 24
-
 // maxMSIs bounds the routes: KVM takes 4096 entries, pins included.
 const maxMSIs = 2048
 
@@ -23,7 +20,7 @@ type interrupts struct {
 	vm *kvm.VM
 
 	mu     sync.Mutex
-	routes []msiRoute // index i is GSI firstMSI+i
+	routes []msiRoute // index i is GSI kvm.FirstMSI+i
 }
 
 type msiRoute struct {
@@ -52,7 +49,7 @@ func (r *interrupts) Connect(e *sys.EventFD, m pci.Message) error {
 	r.routes[i] = msiRoute{e, m}
 	err := r.load()
 	if err == nil && !assigned {
-		err = r.vm.AssignIRQFD(e.FD(), firstMSI+kvm.GSI(i))
+		err = r.vm.AssignIRQFD(e.FD(), kvm.FirstMSI+kvm.GSI(i))
 	}
 	if err != nil {
 		r.routes[i] = before
@@ -71,7 +68,7 @@ func (r *interrupts) Disconnect(e *sys.EventFD) error {
 	// The route stays in the kernel's table until the next load: nothing
 	// leads to it.
 	r.routes[i] = msiRoute{}
-	return r.vm.DeassignIRQFD(e.FD(), firstMSI+kvm.GSI(i))
+	return r.vm.DeassignIRQFD(e.FD(), kvm.FirstMSI+kvm.GSI(i))
 }
 
 func (r *interrupts) find(e *sys.EventFD) int {
@@ -84,7 +81,7 @@ func (r *interrupts) load() error {
 	table := kvm.ChipRoutes()
 	for i, x := range r.routes {
 		if x.event != nil {
-			table = append(table, kvm.MSIRoute(firstMSI+kvm.GSI(i), kvm.MSI{Addr: x.message.Address, Data: x.message.Data}))
+			table = append(table, kvm.MSIRoute(kvm.FirstMSI+kvm.GSI(i), kvm.MSI{Addr: x.message.Address, Data: x.message.Data}))
 		}
 	}
 	return r.vm.SetGSIRouting(table)

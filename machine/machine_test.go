@@ -56,7 +56,7 @@ func (a asm) forever() asm { return a.raw(0xeb, 0xfe) } // jmp .
 // kernelFile writes code as a kernel.
 func kernelFile(t testing.TB, code asm) string {
 	t.Helper()
-	const headers, noteAt = 64 + 2*56, 64 + 2*56
+	const noteAt = 64 + 2*56 // behind the header and two program headers
 	note := binary.LittleEndian.AppendUint32(nil, 4)      // name size
 	note = binary.LittleEndian.AppendUint32(note, 4)      // descriptor size
 	note = binary.LittleEndian.AppendUint32(note, 18)     // XEN_ELFNOTE_PHYS32_ENTRY
@@ -89,7 +89,6 @@ func kernelFile(t testing.TB, code asm) string {
 	segment(1, 4, noteAt, 0, uint64(len(note)))
 	copy(file[noteAt:], note)
 	copy(file[codeOff:], code)
-	_ = headers
 	path := filepath.Join(t.TempDir(), "kernel")
 	if err := os.WriteFile(path, file, 0o600); err != nil {
 		t.Fatal(err)
