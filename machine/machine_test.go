@@ -56,7 +56,7 @@ func (a asm) forever() asm { return a.raw(0xeb, 0xfe) } // jmp .
 // kernelFile writes code as a kernel.
 func kernelFile(t testing.TB, code asm) string {
 	t.Helper()
-	const noteAt = 64 + 2*56 // behind the header and two program headers
+	const noteAt = 64 + 2*56                              // behind the header and two program headers
 	note := binary.LittleEndian.AppendUint32(nil, 4)      // name size
 	note = binary.LittleEndian.AppendUint32(note, 4)      // descriptor size
 	note = binary.LittleEndian.AppendUint32(note, 18)     // XEN_ELFNOTE_PHYS32_ENTRY
@@ -257,6 +257,7 @@ func TestHoldAtRandomMoments(t *testing.T) {
 	m, out := newMachine(t, a.poweroff(), func(c *Config) { c.CPUs = 2 })
 	done := make(chan error, 1)
 	go func() { done <- m.Run(t.Context()) }()
+	out.waitFor("\x00\x01") // the gate is Run's until the guest runs
 	for running := true; running; {
 		select {
 		case err := <-done:
