@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"vmm/boot"
@@ -46,9 +47,13 @@ type Machine struct {
 	freshVCPUs []vcpuState
 	freshChips chipState
 
-	gate   *gate
-	events chan event
-	close  []func() error // in the order of building
+	gate     *gate
+	events   chan event
+	requests chan request
+	state    atomic.Int32  // a State
+	ended    chan struct{} // closed by end
+	end      func()
+	close    []func() error // in the order of building
 }
 
 // resetter is a device that returns to its state after power-on.
@@ -75,7 +80,11 @@ const flushTimeout = 5 * time.Second
 // New builds a machine: everything that can be refused is refused here, and
 // nothing of the guest runs. The machine that is returned must be closed.
 func New(cfg Config) (_ *Machine, err error) {
-	m := &Machine{cfg: cfg, events: make(chan event, 1)}
+	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), ended: make(chan struct{})}
+	m.end = sync.OnceFunc(func() {
+		m.state.Store(int32(StateEnded))
+		close(m.ended)
+	})
 	if cfg.Serial != nil {
 		m.onClose(cfg.Serial.Close)
 	}
@@ -386,8 +395,8 @@ func (m *Machine) reset() error {
 }
 
 // Run runs the guest until it powers off (nil), fails (an error that says
-// how) or ctx is done (its error). A guest's reset starts it again, unless the
-// configuration says NoReboot.
+// how), is stopped (nil) or ctx is done (its error). A guest's reset starts it
+// again, unless the configuration says NoReboot.
 func (m *Machine) Run(ctx context.Context) error {
 	// vCPUs sit in KVM_RUN and workers in read(2), each of which occupies a P
 	// until the scheduler's monitor takes it back: leave one for each, so
@@ -399,6 +408,7 @@ func (m *Machine) Run(ctx context.Context) error {
 		threads.Go(v.run)
 	}
 	defer func() {
+		m.end()
 		m.gate.end()
 		threads.Wait()
 		m.flush()
@@ -406,34 +416,9 @@ func (m *Machine) Run(ctx context.Context) error {
 	if err := m.enter(); err != nil {
 		return err
 	}
+	m.state.Store(int32(StateRunning))
 	m.gate.release()
-	for {
-		var e event
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case e = <-m.events:
-		}
-		m.gate.hold()
-		// Another vCPU may have had something to say before it stood.
-		select {
-		case last := <-m.events:
-			if last.kind == eventFailed {
-				e = last
-			}
-		default:
-		}
-		switch {
-		case e.kind == eventPowerOff, e.kind == eventReset && m.cfg.NoReboot:
-			return nil
-		case e.kind == eventFailed:
-			return e.err
-		}
-		if err := m.reset(); err != nil {
-			return fmt.Errorf("reset the guest: %w", err)
-		}
-		m.gate.release()
-	}
+	return m.serve(ctx)
 }
 
 // flush waits for what the guest has written to reach its readers, within
@@ -463,6 +448,7 @@ func (m *Machine) ConsoleInput(p []byte) {
 // back, and their locks, the VM, the memory. Run has returned or was never
 // called. A second Close does nothing.
 func (m *Machine) Close() error {
+	m.end()
 	var errs []error
 	for len(m.close) > 0 {
 		last := len(m.close) - 1

@@ -1,0 +1,129 @@
+package machine
+
+import (
+	"context"
+	"errors"
+	"testing"
+)
+
+// start runs a machine until its guest has said hello.
+func start(t *testing.T, ctx context.Context) (*Machine, *console, <-chan error) {
+	t.Helper()
+	m, out := newMachine(t, asm{}.print("hello").forever(), func(c *Config) { c.CPUs = 2 })
+	if got := m.State(); got != StateStarting {
+		t.Errorf("before Run: State() = %v; want starting", got)
+	}
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	out.waitFor("hello")
+	return m, out, done
+}
+
+func TestPauseAndResume(t *testing.T) {
+	m, _, done := start(t, t.Context())
+	for i := range 3 {
+		if got := m.State(); got != StateRunning {
+			t.Errorf("round %d: State() = %v; want running", i, got)
+		}
+		for range 2 { // the second changes nothing
+			if err := m.Pause(t.Context()); err != nil {
+				t.Fatalf("Pause() = %v", err)
+			}
+			if got := m.State(); got != StatePaused || m.gate.open() || m.gate.still != m.gate.vcpus {
+				t.Fatalf("after Pause: state %v, gate open %v, %d of %d vCPUs stand", got, m.gate.open(), m.gate.still, m.gate.vcpus)
+			}
+		}
+		for range 2 {
+			if err := m.Resume(); err != nil {
+				t.Fatalf("Resume() = %v", err)
+			}
+		}
+	}
+	if err := m.Stop(); err != nil {
+		t.Errorf("Stop() = %v", err)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("Run() = %v; want nil after Stop", err)
+	}
+	<-m.Ended()
+	if got := m.State(); got != StateEnded {
+		t.Errorf("State() = %v; want ended", got)
+	}
+	for name, err := range map[string]error{"Pause": m.Pause(t.Context()), "Resume": m.Resume(), "Stop": m.Stop()} {
+		if !errors.Is(err, ErrEnded) {
+			t.Errorf("%s() = %v; want ErrEnded", name, err)
+		}
+	}
+}
+
+func TestPausedMachineEnds(t *testing.T) {
+	t.Run("stopped", func(t *testing.T) {
+		m, _, done := start(t, t.Context())
+		if err := errors.Join(m.Pause(t.Context()), m.Stop()); err != nil {
+			t.Error(err)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("Run() = %v", err)
+		}
+	})
+	t.Run("context", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		m, _, done := start(t, ctx)
+		if err := m.Pause(t.Context()); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run() = %v; want context.Canceled", err)
+		}
+	})
+}
+
+// Whoever waits for a machine that never runs is let go, by its context or by
+// the machine's end.
+func TestPauseOfMachineThatNeverRuns(t *testing.T) {
+	m, _ := newMachine(t, asm{}.forever(), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := m.Pause(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Pause() = %v; want context.Canceled", err)
+	}
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := m.Pause(t.Context()); !errors.Is(err, ErrEnded) {
+		t.Errorf("Pause() = %v; want ErrEnded", err)
+	}
+}
+
+// A guest that resets itself all the time is paused between two resets: the
+// reset is done, and no vCPU runs before Resume.
+func TestPauseBetweenResets(t *testing.T) {
+	m, out := newMachine(t, asm{}.print(".").reset(), func(c *Config) { c.CPUs = 2 })
+	done := make(chan error, 1)
+	go func() { done <- m.Run(t.Context()) }()
+	out.waitFor(".")
+	for range 50 {
+		if err := m.Pause(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case e := <-m.events:
+			t.Fatalf("event %+v while paused", e)
+		default:
+		}
+		if m.gate.open() {
+			t.Fatal("the gate is open while paused")
+		}
+		if err := m.Resume(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Stop(); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
