@@ -216,7 +216,7 @@ func TestCPUModels(t *testing.T) {
 		t.Run(model, func(t *testing.T) {
 			v := boot(t, cloud, "guest.work=agent", "--cpu", model)
 			if model == "x86-64-v3" && !strings.Contains(host, " avx2 ") {
-				// As in the lab, whose emulated processor has no AVX.
+				// A host older than the model.
 				if status := v.wait(); status != 1 || !strings.Contains(v.stderr.String(), "this host lacks") || !strings.Contains(v.stderr.String(), "avx2") {
 					t.Errorf("exit status %d, stderr %q; want 1 and to hear that the host lacks avx2", status, v.stderr)
 				}

@@ -40,6 +40,7 @@ import (
 
 	"vmm/tests/lab"
 	"vmm/tests/lab/agent"
+	"vmm/tests/lab/deb"
 	"vmm/tests/lab/initrd"
 	"vmm/tests/lab/kernel"
 )
@@ -68,7 +69,7 @@ func Initrd(ctx context.Context, k *kernel.Kernel) (string, error) {
 		return "", err
 	}
 	if len(tools) == 0 {
-		return "", kernel.NeedTool("sg_persist", "sg3-utils")
+		return "", deb.NeedTool("sg_persist", "sg3-utils")
 	}
 	if err := a.Programs(tools...); err != nil {
 		return "", err

@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,6 +33,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"vmm/tests/lab/agent"
+	"vmm/tests/lab/emulator"
 	"vmm/tests/lab/kernel"
 )
 
@@ -57,10 +59,8 @@ type Config struct {
 	QEMU    []string  // more arguments for QEMU
 }
 
-// processor is the host's: everything that the emulator has, but XSAVE and what
-// needs it. QEMU before 8.1 does not let a hypervisor intercept XSETBV, so a
-// guest that used it would change its host's registers behind KVM's back.
-const processor = "max,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-mpx"
+// processor is the host's: everything that the emulator has.
+const processor = "max,+svm,+npt"
 
 // NIC is one end of a cable between two hosts.
 type NIC struct {
@@ -125,6 +125,10 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 	if err != nil {
 		return nil, err
 	}
+	qemu, err := emulator.Find(ctx)
+	if err != nil {
+		return nil, err
+	}
 	conn, theirs, err := socketPair(true)
 	if err != nil {
 		return nil, err
@@ -136,7 +140,7 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 		return nil, err
 	}
 	h := &Host{console: &console{tail: agent.Tail{Max: consoleSize}, also: cfg.Console}}
-	h.qemu, err = startProcess(args, files, h.console)
+	h.qemu, err = startProcess(slices.Concat([]string{qemu.Program}, qemu.Args, args), files, h.console)
 	if err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("lab: %w", err)
@@ -155,7 +159,7 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 	return h, nil
 }
 
-// arguments returns QEMU's command line, and the descriptors it inherits,
+// arguments returns QEMU's arguments, and the descriptors it inherits,
 // from 3 on.
 func (cfg *Config) arguments(image string, port *os.File) ([]string, []*os.File, error) {
 	memory, cpus, name := cfg.Memory, cfg.CPUs, cfg.Name
@@ -176,7 +180,7 @@ func (cfg *Config) arguments(image string, port *os.File) ([]string, []*os.File,
 	}
 	files := []*os.File{port}
 	args := []string{
-		"qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=1024",
+		"-machine", "q35", "-accel", "tcg,thread=multi,tb-size=1024",
 		"-cpu", processor, "-smp", strconv.Itoa(cpus), "-m", strconv.FormatInt(memory>>20, 10),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		// The ELF image: unpacking the other one would cost the emulator 6 s.

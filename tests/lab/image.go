@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"time"
 
+	"vmm/tests/lab/deb"
 	"vmm/tests/lab/initrd"
 	"vmm/tests/lab/kernel"
 )
@@ -44,7 +45,7 @@ var packages = [][2]string{
 // built if the cache has none with the same contents.
 func Image(ctx context.Context, k *kernel.Kernel) (string, error) {
 	for _, p := range packages {
-		if err := kernel.NeedTool(p[0], p[1]); err != nil {
+		if err := deb.NeedTool(p[0], p[1]); err != nil {
 			return "", err
 		}
 	}
@@ -88,7 +89,7 @@ exec chroot /outer "$@"
 // Store puts an archive into the cache, under a name that has its contents'
 // hash, and returns the path. Concurrent callers are safe.
 func Store(ctx context.Context, name string, a *initrd.Archive) (string, error) {
-	dir, err := kernel.CacheDir()
+	dir, err := deb.CacheDir()
 	if err != nil {
 		return "", err
 	}

@@ -4,17 +4,15 @@
 package kernel
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"vmm/tests/lab/deb"
 )
 
 // Flavour is one of Debian's kernel builds.
@@ -55,28 +53,6 @@ type Kernel struct {
 // ErrNotFetched is the cause when a kernel is neither cached nor to be had.
 var ErrNotFetched = errors.New("kernel cannot be fetched")
 
-// CacheDir returns the directory that keeps what is expensive to make: the
-// environment's VMM_LAB_CACHE, /var/cache/vmm-lab for root, otherwise vmm-lab
-// in the user's cache directory. It exists afterwards.
-func CacheDir() (string, error) {
-	dir := os.Getenv("VMM_LAB_CACHE")
-	if dir == "" && os.Getuid() == 0 && os.Getenv("XDG_CACHE_HOME") == "" {
-		dir = "/var/cache/vmm-lab"
-	}
-	if dir == "" {
-		user, err := os.UserCacheDir()
-		if err != nil {
-			return "", fmt.Errorf("kernel: no cache directory (set VMM_LAB_CACHE): %w", err)
-		}
-		dir = filepath.Join(user, "vmm-lab")
-	}
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return "", err
-	}
-	return dir, os.MkdirAll(dir, 0o755)
-}
-
 // Find returns the newest kernel of a flavour that apt knows, from the cache
 // or fetched into it. Where apt knows none (no package lists, no network) the
 // newest one in the cache is used.
@@ -85,7 +61,7 @@ func Find(ctx context.Context, f Flavour) (*Kernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := CacheDir()
+	dir, err := deb.CacheDir()
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +88,7 @@ func entryName(f Flavour, pkg, version string) string {
 
 // resolve asks apt which package a meta package stands for, and its version.
 func resolve(ctx context.Context, meta string) (pkg, version string, err error) {
-	out, err := run(ctx, "", "apt-cache", "--no-all-versions", "show", meta)
+	out, err := deb.Run(ctx, "", "apt-cache", "--no-all-versions", "show", meta)
 	if err != nil {
 		return "", "", fmt.Errorf("%w: %w (is this Debian? try: apt-get update)", ErrNotFetched, err)
 	}
@@ -139,7 +115,7 @@ func resolve(ctx context.Context, meta string) (pkg, version string, err error) 
 
 // candidate returns the version of a package that apt would install.
 func candidate(ctx context.Context, pkg string) (string, error) {
-	out, err := run(ctx, "", "apt-cache", "--no-all-versions", "show", pkg)
+	out, err := deb.Run(ctx, "", "apt-cache", "--no-all-versions", "show", pkg)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrNotFetched, err)
 	}
@@ -206,12 +182,12 @@ func fetch(ctx context.Context, cache string, k *Kernel) error {
 	for _, tool := range [][2]string{
 		{"apt-get", "apt"}, {"dpkg-deb", "dpkg"}, {"depmod", "kmod"}, {"xz", "xz-utils"},
 	} {
-		if err := NeedTool(tool[0], tool[1]); err != nil {
+		if err := deb.NeedTool(tool[0], tool[1]); err != nil {
 			return err
 		}
 	}
 	entry := filepath.Join(cache, entryName(k.Flavour, k.Package, k.Version))
-	unlock, err := Lock(ctx, entry+".lock")
+	unlock, err := deb.Lock(ctx, entry+".lock")
 	if err != nil {
 		return err
 	}
@@ -226,7 +202,7 @@ func fetch(ctx context.Context, cache string, k *Kernel) error {
 	defer os.RemoveAll(temp)
 
 	// As root, apt would drop to a user that cannot write here, and warn.
-	if _, err := run(ctx, temp, "apt-get", "-qq", "-o", "APT::Sandbox::User=root",
+	if _, err := deb.Run(ctx, temp, "apt-get", "-qq", "-o", "APT::Sandbox::User=root",
 		"download", k.Package+"="+k.Version); err != nil {
 		return fmt.Errorf("%w (package lists may be out of date; try: apt-get update)", err)
 	}
@@ -235,7 +211,7 @@ func fetch(ctx context.Context, cache string, k *Kernel) error {
 		return fmt.Errorf("apt-get download %s: %d packages came; want 1", k.Package, len(debs))
 	}
 	tree := filepath.Join(temp, "tree")
-	if _, err := run(ctx, temp, "dpkg-deb", "-x", debs[0], tree); err != nil {
+	if _, err := deb.Run(ctx, temp, "dpkg-deb", "-x", debs[0], tree); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(filepath.Join(tree, "usr")); err != nil { // documentation
@@ -246,7 +222,7 @@ func fetch(ctx context.Context, cache string, k *Kernel) error {
 		return fmt.Errorf("%s: %d files match boot/vmlinuz-*; want 1", filepath.Base(debs[0]), len(images))
 	}
 	release := strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
-	if _, err := run(ctx, temp, "depmod", "-b", tree, release); err != nil {
+	if _, err := deb.Run(ctx, temp, "depmod", "-b", tree, release); err != nil {
 		return err
 	}
 	image, err := os.ReadFile(images[0])
@@ -265,67 +241,4 @@ func fetch(ctx context.Context, cache string, k *Kernel) error {
 		return err
 	}
 	return k.locate(entry)
-}
-
-// NeedTool returns an error that says how to install a program that is
-// missing.
-func NeedTool(program, pkg string) error {
-	if _, err := exec.LookPath(program); err == nil {
-		return nil
-	}
-	for _, dir := range []string{"/usr/sbin/", "/sbin/"} { // not in every user's PATH
-		if _, err := os.Stat(dir + program); err == nil {
-			return nil
-		}
-	}
-	return fmt.Errorf("lab: %s is missing; install it: apt-get install --no-install-recommends %s", program, pkg)
-}
-
-// Lock takes an exclusive lock on a file, which is made if it does not exist,
-// and returns the function that gives it up.
-func Lock(ctx context.Context, path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	got := make(chan error, 1)
-	go func() {
-		for {
-			err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
-			if err != unix.EINTR {
-				got <- err
-				return
-			}
-		}
-	}()
-	select {
-	case err = <-got:
-		if err != nil {
-			f.Close()
-			return nil, fmt.Errorf("flock %s: %w", path, err)
-		}
-		return func() { f.Close() }, nil
-	case <-ctx.Done():
-		go func() { <-got; f.Close() }()
-		return nil, fmt.Errorf("waiting for the lock %s: %w", path, context.Cause(ctx))
-	}
-}
-
-// run runs a program and returns its standard output; an error has the
-// standard error's text.
-func run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
-	if path := "/usr/sbin/" + name; name == "depmod" {
-		if _, err := exec.LookPath(name); err != nil {
-			name = path
-		}
-	}
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(stderr.Bytes()))
-	}
-	return stdout.Bytes(), nil
 }
