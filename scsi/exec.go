@@ -90,7 +90,7 @@ func OpName(cdb []byte) string {
 }
 
 // Shared is a LUN to which the guest and this process both send commands over
-// one I_T nexus. The guest's arrive at Submit; ours go through Exec.
+// one I_T nexus. The guest's arrive at Submit; ours go through Ours or Exec.
 //
 // The target reports a unit attention once per nexus, to whichever command
 // comes first (SAM-5 5.14). One that answers a command of ours was meant for
@@ -152,18 +152,40 @@ func (s *Shared) answer(c *Command) bool {
 	return true
 }
 
-// Exec sends a command of ours and waits as the function Exec does. A unit
-// attention is kept for the guest and the command, which the target has not
-// carried out then, is sent again.
+// Ours is the LUN as this process's own commands reach it: a unit attention
+// that answers one of them is kept for the guest, also one that comes after
+// whoever sent the command has given it up.
+func (s *Shared) Ours() LUN { return ours{s.LUN, s} }
+
+type ours struct {
+	LUN
+	shared *Shared
+}
+
+// Submit sends a command of ours.
+func (o ours) Submit(c *Command) {
+	done := c.Done
+	c.Done = func(c *Command) {
+		c.Done = done
+		if a, ok := c.sense(); ok && a.Key == UnitAttention {
+			o.shared.Keep(c.Sense[:c.SenseLen])
+		}
+		done(c)
+	}
+	o.LUN.Submit(c)
+}
+
+// Exec sends a command of ours and waits as the function Exec does. After a
+// unit attention the command, which the target has not carried out then, is
+// sent again.
 func (s *Shared) Exec(ctx context.Context, c *Command) error {
 	for range maxRepeats {
-		if err := Exec(ctx, s.LUN, c); err != nil {
+		if err := Exec(ctx, s.Ours(), c); err != nil {
 			return err
 		}
 		if a, ok := c.sense(); !ok || a.Key != UnitAttention {
 			return nil
 		}
-		s.Keep(c.Sense[:c.SenseLen])
 	}
 	return nil // c says what came last: a unit attention
 }

@@ -134,6 +134,25 @@ func TestAttentionIsKeptForTheGuest(t *testing.T) {
 	}
 }
 
+// A command of ours that nobody waits for any more may still come back with
+// what the guest must be told.
+func TestAttentionIsKeptAfterOurCommandWasGivenUp(t *testing.T) {
+	var late *scsi.Command
+	l := &scripted{answer: func(c *scsi.Command) { late = c }}
+	s := scsi.Share(l)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Exec(ctx, &scsi.Command{CDB: testUnitReady}); !errors.Is(err, context.Canceled) {
+		t.Fatalf("Exec = %v; want context.Canceled", err)
+	}
+	late.Check(preemptedByOne)
+	guest := &scsi.Command{CDB: testUnitReady, Done: func(*scsi.Command) {}}
+	s.Submit(guest)
+	if got, _ := scsi.ParseSense(guest.Sense[:guest.SenseLen]); got != preemptedByOne {
+		t.Errorf("the guest's next command: %v; want %v", guest.Err(), preemptedByOne)
+	}
+}
+
 func TestKeptAttentionsAreFewAndDifferent(t *testing.T) {
 	l := &scripted{answer: func(c *scsi.Command) { c.Finish(0) }}
 	s := scsi.Share(l)
