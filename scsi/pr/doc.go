@@ -8,6 +8,7 @@
 //	tracker.go                from a guest's commands and status to its state
 //	machine.go                what the state machines of a takeover have in common
 //	takeover.go, source.go    its two ends, the forced resume, snapshots, recovery
+//	view.go                   what there is on a LUN, for those who only look
 //	port.go, journal.go       what drives the machines on a real LUN
 //	search_test.go            every interleaving of all that
 //

@@ -156,9 +156,6 @@ func (p *Port) in(ctx context.Context, action InAction, size int) ([]byte, Answe
 	return data[:min(n, size)], a, err
 }
 
-// errUnanswered is an answer that a read cannot use.
-func unanswered(action InAction, a Answer) error { return fmt.Errorf("%v: %v", action, a) }
-
 // readIn reads the parameter data of a PERSISTENT RESERVE IN command whole.
 func (p *Port) readIn(ctx context.Context, action InAction) ([]byte, error) {
 	for _, size := range []int{4096, maxInData} {
@@ -167,7 +164,7 @@ func (p *Port) readIn(ctx context.Context, action InAction) ([]byte, error) {
 			return nil, err
 		}
 		if !a.OK() {
-			return nil, unanswered(action, a)
+			return nil, &NotGood{action, a}
 		}
 		if len(data) < 8 {
 			return nil, fmt.Errorf("%v: %d bytes of parameter data", action, len(data))
