@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -616,23 +617,49 @@ func (t *PCI) configChanged(s *session) {
 }
 
 // lock takes t.mu when no call to the device is going on.
-func (t *PCI) lock() {
+func (t *PCI) lock() { t.lockWithin(context.Background()) }
+
+// lockWithin does so unless ctx is done before; it reports whether it has.
+func (t *PCI) lockWithin(ctx context.Context) bool {
+	stop := context.AfterFunc(ctx, func() {
+		t.mu.Lock() // nobody is between looking and waiting
+		defer t.mu.Unlock()
+		t.idle.Broadcast()
+	})
+	defer stop()
 	t.mu.Lock()
 	for t.busy {
+		if ctx.Err() != nil {
+			t.mu.Unlock()
+			return false
+		}
 		t.idle.Wait()
 	}
+	return true
 }
 
 // Quiesce makes the device rest: it takes no request and touches no guest
-// memory until Resume. A reset that is going on is waited for. The vCPUs
-// stand still.
-func (t *PCI) Quiesce() {
-	t.lock()
+// memory until Resume. Requests in flight and a reset that is going on are
+// waited for, as long as ctx allows; after an error the device works on. The
+// vCPUs stand still.
+func (t *PCI) Quiesce(ctx context.Context) error {
+	if !t.lockWithin(ctx) {
+		return fmt.Errorf("%s: its reset waits for requests in flight: %w", t.cfg.Name, context.Cause(ctx))
+	}
 	defer t.mu.Unlock()
-	if t.life == lifeRunning {
-		t.call(t.dev.Quiesce)
+	if t.life != lifeRunning {
+		return nil
+	}
+	var err error
+	t.call(func() {
+		if err = t.dev.Quiesce(ctx); err != nil {
+			t.dev.Resume()
+		}
+	})
+	if err == nil {
 		t.life = lifeQuiesced
 	}
+	return err
 }
 
 // Resume ends Quiesce. After SetState it starts the device, kicks every queue

@@ -2,6 +2,7 @@ package virtio
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -131,8 +132,8 @@ func (d *echo) work(q *Queue) {
 	}
 }
 
-func (d *echo) Quiesce() { d.note("quiesce"); d.halt() }
-func (d *echo) Resume()  { d.note("resume"); d.run() }
+func (d *echo) Quiesce(context.Context) error { d.note("quiesce"); d.halt(); return nil }
+func (d *echo) Resume()                       { d.note("resume"); d.run() }
 
 func (d *echo) Stop() {
 	d.note("stop")
@@ -143,6 +144,14 @@ func (d *echo) Stop() {
 	d.mu.Lock()
 	d.a, d.config = Activation{}, [8]byte{}
 	d.mu.Unlock()
+}
+
+// quiesce makes a device or its transport rest, however long it takes.
+func quiesce(t testing.TB, d interface{ Quiesce(context.Context) error }) {
+	t.Helper()
+	if err := d.Quiesce(context.Background()); err != nil {
+		t.Errorf("Quiesce() = %v", err)
+	}
 }
 
 // guest is a device on a bus, and its driver.
@@ -404,9 +413,14 @@ func TestResetDoesNotKeepTheVCPU(t *testing.T) {
 			t.Errorf("log %q during the reset", got)
 		}
 	}
-	// The machine's calls wait.
+	// The machine's calls wait, as long as they may.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := g.pci.Quiesce(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "reset") {
+		t.Errorf("Quiesce() = %v during the reset; want a canceled one that says so", err)
+	}
 	quiesced := make(chan struct{})
-	go func() { g.pci.Quiesce(); close(quiesced) }()
+	go func() { quiesce(t, g.pci); close(quiesced) }()
 	close(gate)
 	<-quiesced
 	g.drv.Reset()
@@ -745,8 +759,8 @@ func TestMigration(t *testing.T) {
 		if _, err := src.pci.State(); err == nil {
 			t.Error("State() of a running device succeeded")
 		}
-		src.pci.Quiesce()
-		src.pci.Quiesce() // once is enough
+		quiesce(t, src.pci)
+		quiesce(t, src.pci) // once is enough
 		src.bus.Host.DisconnectInterrupts()
 		request(src) // the last thing the guest did: nobody has seen it
 		copy(src.mem.Bytes(0x8000, 4), "last")
@@ -800,7 +814,7 @@ func TestMigration(t *testing.T) {
 		if s := dst.drv.Status(); s != 15 {
 			t.Errorf("status %#x after the move; want 0xf", s)
 		}
-		dst.pci.Quiesce()
+		quiesce(t, dst.pci)
 		if ts3, err := dst.pci.State(); err != nil || ts3.Queues[1].Queue.UsedIndex != 101 {
 			t.Errorf("state %+v, %v after one more request; want used index 101", ts3, err)
 		}
@@ -825,7 +839,7 @@ func TestMigrationOfABrokenDevice(t *testing.T) {
 	src.drv.Rings[0].Add(virtiotest.Buffer{GPA: 1 << 40, Len: 1})
 	src.drv.Rings[0].Kick()
 	src.drv.Interrupt(0).Wait()
-	src.pci.Quiesce()
+	quiesce(t, src.pci)
 	s, err := src.pci.State()
 	if err != nil {
 		t.Fatal(err)
@@ -844,7 +858,7 @@ func TestMigrationOfABrokenDevice(t *testing.T) {
 func TestQueuesAreKickedAfterAMove(t *testing.T) {
 	src, dst := newGuest(t, &echo{}), newGuest(t, &echo{startErr: errors.New("nobody looks")})
 	src.start(t, bothFeatures)
-	src.pci.Quiesce()
+	quiesce(t, src.pci)
 	s, err := src.pci.State()
 	if err != nil {
 		t.Fatal(err)
@@ -890,7 +904,7 @@ func TestMigrationDuringSetup(t *testing.T) {
 func TestSetStateRefusesWhatCannotBe(t *testing.T) {
 	src := newGuest(t, &echo{})
 	src.start(t, bothFeatures)
-	src.pci.Quiesce()
+	quiesce(t, src.pci)
 	good, err := src.pci.State()
 	if err != nil {
 		t.Fatal(err)
@@ -1027,7 +1041,7 @@ func TestRNG(t *testing.T) {
 	if got := g.mem.Bytes(buf+4096+rngMost-100, 64); !bytes.Equal(got, make([]byte, 64)) {
 		t.Errorf("wrote beyond its bound: % x", got)
 	}
-	g.pci.Quiesce()
+	quiesce(t, g.pci)
 	g.drv.Rings[0].Add(virtiotest.Buffer{GPA: buf, Len: 1, Write: true})
 	g.drv.Rings[0].Kick()
 	g.pci.Resume()
@@ -1049,7 +1063,7 @@ func TestRNG(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.drv.AddStatus(virtiotest.StatusDriverOK)
-	g.pci.Quiesce()
+	quiesce(t, g.pci)
 	g.pci.Resume()
 	if got := g.drv.Status(); got != 15 {
 		t.Errorf("status %#x without a queue; want 0xf", got)
@@ -1173,7 +1187,7 @@ func FuzzPCIConfig(f *testing.F) {
 			}
 		}
 		// Whatever happened, it moves, and a reset makes it work.
-		g.pci.Quiesce()
+		quiesce(t, g.pci)
 		g.bus.Host.DisconnectInterrupts()
 		bs, err := g.bus.Host.State()
 		if err != nil {

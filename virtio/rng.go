@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"runtime"
@@ -49,17 +50,19 @@ func (r *RNG) Resume() {
 	r.done.Go(r.work)
 }
 
-func (r *RNG) Quiesce() {
+// Quiesce does not look at ctx: a request is 64 KiB of bytes at most.
+func (r *RNG) Quiesce(context.Context) error {
 	if r.queue == nil {
-		return
+		return nil
 	}
 	r.stop.Store(true)
 	r.queue.Kick()
 	r.done.Wait()
+	return nil
 }
 
 func (r *RNG) Stop() {
-	r.Quiesce()
+	_ = r.Quiesce(context.Background()) // it cannot fail
 	r.queue, r.fail = nil, nil
 }
 

@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"runtime"
@@ -243,8 +244,9 @@ func (s *SCSI) Start(a Activation) error {
 	return nil
 }
 
-// Quiesce stops taking requests and waits for those in flight.
-func (s *SCSI) Quiesce() { s.session().quiesce() }
+// Quiesce stops taking requests and waits for those in flight, as long as ctx
+// allows.
+func (s *SCSI) Quiesce(ctx context.Context) error { return s.session().quiesce(ctx) }
 
 // Resume goes on where Quiesce stopped.
 func (s *SCSI) Resume() { s.session().resume() }
@@ -254,7 +256,7 @@ func (s *SCSI) Resume() { s.session().resume() }
 func (s *SCSI) Stop() {
 	live := s.session()
 	if live != nil {
-		live.quiesce()
+		_ = live.quiesce(context.Background()) // which is never done
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -319,11 +321,13 @@ func (l *scsiSession) resume() {
 }
 
 // quiesce ends the workers first, then waits for what they have begun. Stop
-// after Quiesce comes here twice; the second time there is nothing to do.
-func (l *scsiSession) quiesce() {
+// after Quiesce comes here twice; the second time there is nothing to do. An
+// error says which command had not come back when ctx was done.
+func (l *scsiSession) quiesce(ctx context.Context) error {
 	l.halted.Store(true)
 	l.controller.events.rest()
 	for _, q := range l.queues() {
+		q.wake() // a worker that waits for a free request
 		q.Kick()
 	}
 	if l.event != nil {
@@ -331,8 +335,35 @@ func (l *scsiSession) quiesce() {
 	}
 	l.workers.Wait()
 	for _, q := range l.queues() {
-		q.awaitAll(func(*request) bool { return true })
+		if !q.await(ctx, q.mark(), func(*request) bool { return true }) {
+			return fmt.Errorf("virtio-scsi: %s: %w", l.inFlight(), context.Cause(ctx))
+		}
 	}
+	return nil
+}
+
+// inFlight describes the commands that have not come back.
+func (l *scsiSession) inFlight() string {
+	n := 0
+	var first string
+	for _, q := range l.queues() {
+		q.mu.Lock()
+		for i := range q.requests {
+			if r := &q.requests[i]; r.arrival != 0 {
+				if n++; n == 1 {
+					first = fmt.Sprintf("target %d, operation code %#02x", r.to.target, r.cmd.CDB[0])
+					if q == l.control {
+						first = fmt.Sprintf("target %d, a task management function", r.to.target)
+					}
+				}
+			}
+		}
+		q.mu.Unlock()
+	}
+	if n == 0 {
+		return "the last command came back too late"
+	}
+	return fmt.Sprintf("commands still in flight: %d, one of them for %s", n, first)
 }
 
 // work runs a queue's worker. take does what there is to do and reports

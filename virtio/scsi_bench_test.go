@@ -52,7 +52,7 @@ func (l *scsiLoad) turn(sleep func()) {
 // byHand lets the test do the worker's work on its own goroutine, so that
 // nothing but the controller's path is counted.
 func (l *scsiLoad) byHand() func() {
-	l.dev.Quiesce()
+	quiesce(l.t, l.dev)
 	l.dev.live.halted.Store(false)
 	l.rings[2].Notify = func() {} // no worker to wake
 	q := l.dev.live.requests[0]

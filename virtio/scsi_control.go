@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -175,7 +176,7 @@ func (l *scsiSession) marks() []uint64 {
 // back. Commands that arrive meanwhile do not prolong it.
 func (l *scsiSession) await(marks []uint64, match func(*request) bool) {
 	for i, q := range l.requests {
-		q.await(marks[i], match)
+		q.await(context.Background(), marks[i], match)
 	}
 }
 

@@ -105,7 +105,7 @@ func TestSCSIMissedEvents(t *testing.T) {
 	// While the device is quiesced it touches no memory: the event is lost,
 	// the buffers that lie there tell when it goes on.
 	b := r.buffer()
-	r.dev.Quiesce()
+	quiesce(t, r.dev)
 	r.dev.Changed(1, scsi.CapacityChanged)
 	if _, ok := r.rings[1].Reap(); ok || !r.dev.State().EventsMissed {
 		t.Error("a quiesced device used an event buffer")
@@ -117,7 +117,7 @@ func TestSCSIMissedEvents(t *testing.T) {
 
 	// A reset forgets it, a migration does not.
 	r.dev.Changed(1, scsi.CapacityChanged)
-	r.dev.Quiesce()
+	quiesce(t, r.dev)
 	state := r.dev.State()
 	if want := (SCSIState{SenseSize: 96, CDBSize: 32, EventsMissed: true}); state != want {
 		t.Errorf("State() = %+v; want %+v", state, want)
@@ -152,7 +152,7 @@ func TestSCSIWorksWithOneQueue(t *testing.T) {
 	if a := r.do(&scsiCommand{lun: unit0(0), cdb: []byte{0}}); a.String() != "GOOD" {
 		t.Errorf("TEST UNIT READY = %v; want GOOD", a)
 	}
-	r.dev.Quiesce()
+	quiesce(t, r.dev)
 	r.dev.Resume()
 	if _, err := r.dev.Detach(0); err != nil {
 		t.Error(err)

@@ -404,7 +404,7 @@ func (s *scsiPlay) step(t *testing.T, in *script, resets *int, disk scsi.LUN) {
 		s.gate.set(false)
 	case stepQuiesce:
 		s.gate.set(false)
-		s.dev.Quiesce()
+		quiesce(s.t, s.dev)
 		for i, q := range s.act.Queues {
 			if st := q.State(); st.LastAvail != st.UsedIndex && !s.hasFailed() {
 				t.Errorf("queue %d of a quiesced device: taken %d, answered %d", i, st.LastAvail, st.UsedIndex)

@@ -1,7 +1,11 @@
 package virtio
 
 import (
+	"context"
+	"errors"
 	"math/rand/v2"
+	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -24,7 +28,7 @@ func TestSCSIQuiesceAndResume(t *testing.T) {
 		abort := r.tmf(tmfAbortTask, unit0(0), 1)
 		r.doTMF(tmfQueryTask, unit0(0), 1)
 		rest := make(chan struct{})
-		go func() { r.dev.Quiesce(); close(rest) }()
+		go func() { quiesce(t, r.dev); close(rest) }()
 		select {
 		case <-rest:
 			t.Fatal("Quiesce returned with a command in flight")
@@ -56,9 +60,63 @@ func TestSCSIQuiesceAndResume(t *testing.T) {
 		r.reap(2)
 		r.reap(3)
 	}
-	r.dev.Quiesce()
+	quiesce(t, r.dev)
 	r.dev.Stop() // also on a quiesced device
 	r.dev.Stop() // and on one that is not started
+}
+
+// A Quiesce whose time is over names what is in flight, and the device goes on
+// as if nothing had been: the command comes back, and so do new ones.
+func TestSCSIQuiesceInTime(t *testing.T) {
+	r := newSCSIRig(t, 1)
+	held := scsitest.NewHeld(4)
+	r.attach(5, held)
+	r.start()
+	for range 3 {
+		r.submit(2, &scsiCommand{lun: unit0(5), cdb: []byte{0x12}})
+		c := <-held.Commands
+		ctx, cancel := context.WithCancelCause(t.Context())
+		late := make(chan error)
+		go func() { late <- r.dev.Quiesce(ctx) }()
+		over := errors.New("too late")
+		cancel(over)
+		if err := <-late; !errors.Is(err, over) || !strings.Contains(err.Error(), "commands still in flight: 1, one of them for target 5, operation code 0x12") {
+			t.Errorf("Quiesce() = %v; want that, for it is %v", err, over)
+		}
+		r.dev.Resume()
+		r.submit(2, &scsiCommand{lun: unit0(5), cdb: []byte{0}})
+		(<-held.Commands).Finish(0)
+		r.reap(2)
+		c.Finish(0)
+		r.reap(2)
+	}
+	quiesce(t, r.dev)
+	r.dev.Resume()
+}
+
+// A driver that has more requests in flight than the queue has descriptors, by
+// using one of them twice, keeps the worker waiting for a free request: a
+// Quiesce is not delayed by that.
+func TestSCSIQuiesceWhileWorkerWaits(t *testing.T) {
+	r := newSCSIRig(t, 1)
+	r.start()
+	q := r.dev.live.requests[0]
+	quiesce(t, r.dev)
+	free := q.free
+	q.spare, q.free = nil, nil // all in flight, as far as get can see
+	r.dev.Resume()
+	for {
+		q.mu.Lock()
+		waits := q.waiting > 0
+		q.mu.Unlock()
+		if waits {
+			break
+		}
+		runtime.Gosched()
+	}
+	quiesce(t, r.dev)
+	q.free = free
+	r.dev.Resume()
 }
 
 // asyncLUN completes commands on other goroutines, in any order.
@@ -95,7 +153,7 @@ func TestSCSIUnderStress(t *testing.T) {
 	var others, drivers sync.WaitGroup
 	others.Go(func() {
 		for !stop.Load() {
-			r.dev.Quiesce()
+			quiesce(t, r.dev)
 			for q := range r.act.Queues {
 				if s := r.act.Queues[q].State(); s.LastAvail != s.UsedIndex {
 					t.Errorf("queue %d of a quiesced device: taken %d, answered %d", q, s.LastAvail, s.UsedIndex)

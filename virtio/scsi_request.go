@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"sync"
@@ -106,7 +107,7 @@ func (q *requestQueue) take() (again bool, err error) {
 		if q.spare == nil {
 			q.spare = q.get()
 		}
-		if q.session.halting() {
+		if q.spare == nil || q.session.halting() {
 			return false, nil
 		}
 		r := q.spare
@@ -125,11 +126,15 @@ func (q *requestQueue) take() (again bool, err error) {
 
 // get takes a free request. A driver that has no more in flight than the
 // queue has descriptors waits here for the end of a Push at most; one that
-// uses a descriptor twice waits for its own commands, as would a quiesce.
+// uses a descriptor twice waits for its own commands, or for a quiesce, where
+// the answer is nil.
 func (q *requestQueue) get() *request {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for len(q.free) == 0 {
+		if q.session.halting() {
+			return nil
+		}
 		q.waiting++
 		q.returned.Wait()
 		q.waiting--
@@ -193,19 +198,36 @@ func (q *requestQueue) inFlight(mark uint64, match func(*request) bool) bool {
 }
 
 // await returns when the requests up to mark that match selects have come
-// back.
-func (q *requestQueue) await(mark uint64, match func(*request) bool) {
+// back, or ctx is done; it reports whether they have.
+func (q *requestQueue) await(ctx context.Context, mark uint64, match func(*request) bool) bool {
+	stop := context.AfterFunc(ctx, q.wake)
+	defer stop()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.waiting++
+	defer func() { q.waiting-- }()
 	for q.inFlight(mark, match) {
+		if ctx.Err() != nil {
+			return false
+		}
 		q.returned.Wait()
 	}
-	q.waiting--
+	return true
 }
 
-// awaitAll is await for what has come until now.
-func (q *requestQueue) awaitAll(match func(*request) bool) { q.await(q.mark(), match) }
+// wake makes whoever waits look again. The lock makes sure that none is
+// between looking and waiting.
+func (q *requestQueue) wake() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.returned.Broadcast()
+}
+
+// awaitAll returns when what has come until now, of what match selects, has
+// come back.
+func (q *requestQueue) awaitAll(match func(*request) bool) {
+	q.await(context.Background(), q.mark(), match)
+}
 
 // handleCommand begins what came on a request queue.
 func (l *scsiSession) handleCommand(r *request) error {

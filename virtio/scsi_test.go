@@ -815,7 +815,7 @@ func TestSCSIDescriptorInFlightTwice(t *testing.T) {
 		c.Finish(0)
 	}
 	last.Finish(0)
-	r.dev.Quiesce()
+	quiesce(t, r.dev)
 	if n := r.act.Queues[2].State().UsedIndex; n != scsiRequestSize+1 {
 		t.Errorf("%d answers; want %d", n, scsiRequestSize+1)
 	}

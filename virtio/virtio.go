@@ -7,6 +7,8 @@
 // 2.1.2): it stops, says so once, and works again after a reset.
 package virtio
 
+import "context"
+
 // Device types (virtio 1.3, 5).
 const (
 	IDEntropy = 4
@@ -43,9 +45,11 @@ type Device interface {
 	Start(Activation) error
 
 	// Quiesce stops taking requests from the queues and waits until none is
-	// in flight: from then on guest memory is not touched. Resume goes on
-	// where Quiesce stopped. Both are only called between Start and Stop.
-	Quiesce()
+	// in flight: from then on guest memory is not touched. When ctx is done
+	// before that, an error says what is in flight still. Resume goes on where
+	// Quiesce stopped, also after an error. Both are only called between Start
+	// and Stop.
+	Quiesce(ctx context.Context) error
 	Resume()
 
 	// Stop ends what Start began, waits for requests in flight, forgets the
