@@ -1,8 +1,10 @@
 package machine
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"sync"
 
 	"vmm/scsi"
 	"vmm/scsi/disk"
@@ -10,43 +12,63 @@ import (
 	"vmm/virtio"
 )
 
-// openLUNs opens every LUN of the configuration: what its path names decides
-// which kind it is.
+// openLUNs opens every LUN of the configuration, and asks each for the
+// reservation that its guest begins with.
 func (m *Machine) openLUNs() error {
 	for i := range m.cfg.LUNs {
-		l := &m.cfg.LUNs[i]
-		lun, err := m.openLUN(l)
+		backend, err := m.openLUN(&m.cfg.LUNs[i])
 		if err != nil {
 			return err
 		}
-		m.onClose(lun.Close)
-		m.luns = append(m.luns, lun)
+		m.onClose(backend.Close)
+		m.luns = append(m.luns, newLUN(backend, &m.cfg.LUNs[i]))
+	}
+	var asked sync.WaitGroup
+	errs := make([]error, len(m.luns))
+	for i, l := range m.luns {
+		asked.Go(func() {
+			if errs[i] = l.identify(); errs[i] == nil {
+				if err := l.learn(context.Background()); err != nil {
+					m.cfg.Warn(fmt.Sprintf("LUN %s: %v", m.cfg.LUNs[i].Path, err))
+				}
+			}
+		})
+	}
+	asked.Wait()
+	for i, err := range errs {
+		if err != nil {
+			return fmt.Errorf("LUN %s: %w", m.cfg.LUNs[i].Path, err)
+		}
 	}
 	return nil
 }
 
+// openLUN opens one LUN: what its path names decides which kind it is.
 func (m *Machine) openLUN(l *LUNConfig) (scsi.LUN, error) {
 	info, err := os.Stat(l.Path)
 	if err != nil {
 		return nil, fmt.Errorf("LUN %s: %w", l.Path, cause(err))
 	}
-	var lun scsi.LUN
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
-		lun, err = disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly})
+		return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly}))
 	case mode&os.ModeDevice != 0:
-		lun, err = sg.Open(l.Path, sg.Options{VM: m.cfg.Name, RunDir: m.cfg.RunDir, Timeout: l.Timeout})
-	default:
-		return nil, fmt.Errorf("LUN %s: neither a device nor a regular file: give a /dev/sgN, a SCSI block device or a disk image", l.Path)
+		return open(sg.Open(l.Path, sg.Options{VM: m.cfg.Name, RunDir: m.cfg.RunDir, Timeout: l.Timeout}))
 	}
+	return nil, fmt.Errorf("LUN %s: neither a device nor a regular file: give a /dev/sgN, a SCSI block device or a disk image", l.Path)
+}
+
+// open makes of a backend that could not be opened none at all, rather than
+// an interface around nil.
+func open[L scsi.LUN](l L, err error) (scsi.LUN, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &scsi.Guard{LUN: lun, ReadOnly: l.ReadOnly, AllowUnsafe: l.Unsafe}, nil
+	return l, nil
 }
 
 // limits is what a command to any of the LUNs may carry.
-func limits(luns []scsi.LUN) scsi.Limits {
+func limits(luns []*lun) scsi.Limits {
 	var least scsi.Limits
 	narrow := func(a, b uint32) uint32 {
 		if a == 0 || b == 0 {

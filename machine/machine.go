@@ -18,7 +18,6 @@ import (
 	"vmm/kvm"
 	"vmm/memory"
 	"vmm/pci"
-	"vmm/scsi"
 	"vmm/virtio"
 )
 
@@ -40,7 +39,7 @@ type Machine struct {
 	pm     *device.PM
 	uarts  [2]*device.UART
 	scsi   *virtio.SCSI
-	luns   []scsi.LUN
+	luns   []*lun
 
 	// What the vCPUs and the chips were when they were made: a reset returns
 	// to it.
