@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
+
+	"vmm/scsi/sg"
 )
 
 // State is what a machine does at the moment.
@@ -31,6 +34,56 @@ var ErrEnded = errors.New("the guest has ended")
 // time it is looked at.
 func (m *Machine) State() State { return State(m.state.Load()) }
 
+// enterState makes s the state, and tells who wants to know.
+func (m *Machine) enterState(s State, why string) {
+	m.state.Store(int32(s))
+	m.feed.publish(Event{Kind: EventState, State: s, Text: why})
+}
+
+// Info is what a machine is: what it was made of, and since when it runs.
+type Info struct {
+	Name    string
+	State   State
+	CPUs    int
+	Memory  uint64 // bytes
+	CPU     CPUModel
+	Started time.Time // when the guest first ran; zero before
+	LUNs    []LUNInfo
+}
+
+// LUNInfo is what one logical unit of a machine is.
+type LUNInfo struct {
+	LUNConfig
+	Passthrough bool   // a device of the host, else a software disk
+	Identity    string // the best name that it gives itself
+}
+
+// Info is what the machine is at the moment. No disk is asked.
+func (m *Machine) Info() Info {
+	i := Info{Name: m.cfg.Name, State: m.State(), CPUs: m.cfg.CPUs, Memory: m.cfg.Memory, CPU: m.cfg.CPU}
+	if t := m.started.Load(); t != nil {
+		i.Started = *t
+	}
+	for at, l := range m.luns {
+		_, passthrough := l.backend.(*sg.LUN)
+		i.LUNs = append(i.LUNs, LUNInfo{m.cfg.LUNs[at], passthrough, l.identity.String()})
+	}
+	return i
+}
+
+// Reservation asks the logical unit called id for its reservations, through
+// the machine's own nexus. A unit attention that the question meets is kept
+// for the guest. An error for which pr.Unsupported holds says that the unit
+// has no persistent reservations.
+func (m *Machine) Reservation(ctx context.Context, id string) (Reservation, error) {
+	for at, l := range m.luns {
+		if m.cfg.LUNs[at].ID == id {
+			return l.reservation(ctx)
+		}
+	}
+	return Reservation{}, fmt.Errorf("machine %s has no LUN %q", m.cfg.Name, id)
+}
+
 // Ended is closed when the guest runs no more.
 func (m *Machine) Ended() <-chan struct{} { return m.ended }
 
@@ -39,6 +92,7 @@ func (m *Machine) Ended() <-chan struct{} { return m.ended }
 // gate behind the other's back.
 type request struct {
 	kind requestKind
+	do   func()        // for requestDo
 	done chan struct{} // closed when it is done
 }
 
@@ -48,6 +102,7 @@ const (
 	requestPause requestKind = iota
 	requestResume
 	requestStop
+	requestDo // do something while the machine is paused, if it is
 )
 
 // Pause stops the guest's vCPUs and returns when all stand still. Before Run
@@ -56,18 +111,30 @@ const (
 //
 // An error is ctx's, or ErrEnded: then the guest had powered off, failed, or
 // been stopped before it stood.
-func (m *Machine) Pause(ctx context.Context) error { return m.ask(ctx, requestPause) }
+func (m *Machine) Pause(ctx context.Context) error { return m.ask(ctx, requestPause, nil) }
 
 // Resume lets the vCPUs of a paused machine run on. A machine that runs is
 // left alone. The error is ErrEnded.
-func (m *Machine) Resume() error { return m.ask(context.Background(), requestResume) }
+func (m *Machine) Resume() error { return m.ask(context.Background(), requestResume, nil) }
 
 // Stop ends the guest at once, as if its power cord had been pulled; Run
 // returns nil. The error is ErrEnded.
-func (m *Machine) Stop() error { return m.ask(context.Background(), requestStop) }
+func (m *Machine) Stop() error { return m.ask(context.Background(), requestStop, nil) }
 
-func (m *Machine) ask(ctx context.Context, kind requestKind) error {
-	r := request{kind, make(chan struct{})}
+// ErrNotPaused says that a machine runs that would have to be paused.
+var ErrNotPaused = errors.New("the guest is not paused")
+
+// whilePaused calls do if the machine is paused, and it stays so meanwhile.
+func (m *Machine) whilePaused(ctx context.Context, do func() error) error {
+	err := ErrNotPaused
+	if refused := m.ask(ctx, requestDo, func() { err = do() }); refused != nil {
+		return refused
+	}
+	return err
+}
+
+func (m *Machine) ask(ctx context.Context, kind requestKind, do func()) error {
+	r := request{kind, do, make(chan struct{})}
 	select {
 	case m.requests <- r:
 	case <-m.ended:
@@ -80,6 +147,11 @@ func (m *Machine) ask(ctx context.Context, kind requestKind) error {
 	case <-r.done:
 		return nil
 	case <-m.ended:
+	}
+	select {
+	case <-r.done: // it was this request that ended the machine
+		return nil
+	default:
 		return ErrEnded
 	}
 }
@@ -122,7 +194,7 @@ func (m *Machine) pause(ctx context.Context, r request) (over bool, err error) {
 	if over, err := m.settle(nil); over {
 		return true, err
 	}
-	m.state.Store(int32(StatePaused))
+	m.enterState(StatePaused, "")
 	close(r.done)
 	for {
 		select {
@@ -134,7 +206,7 @@ func (m *Machine) pause(ctx context.Context, r request) (over bool, err error) {
 				close(r.done)
 				return true, nil
 			case requestResume:
-				m.state.Store(int32(StateRunning))
+				m.enterState(StateRunning, "")
 				m.gate.release()
 				close(r.done)
 				return false, nil
@@ -167,5 +239,6 @@ func (m *Machine) settle(e *event) (over bool, err error) {
 	if err := m.reset(); err != nil {
 		return true, fmt.Errorf("reset the guest: %w", err)
 	}
+	m.feed.publish(Event{Kind: EventReset, Text: "the guest reset itself"})
 	return false, nil
 }

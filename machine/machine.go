@@ -52,6 +52,9 @@ type Machine struct {
 	state    atomic.Int32  // a State
 	ended    chan struct{} // closed by end
 	end      func()
+	ending   string // why it has ended; written by Run before end
+	started  atomic.Pointer[time.Time]
+	feed     feed
 	close    []func() error // in the order of building
 }
 
@@ -81,9 +84,11 @@ const flushTimeout = 5 * time.Second
 func New(cfg Config) (_ *Machine, err error) {
 	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), ended: make(chan struct{})}
 	m.end = sync.OnceFunc(func() {
-		m.state.Store(int32(StateEnded))
+		m.enterState(StateEnded, m.ending)
+		m.feed.end()
 		close(m.ended)
 	})
+	m.enterState(StateStarting, "")
 	if cfg.Serial != nil {
 		m.onClose(cfg.Serial.Close)
 	}
@@ -94,6 +99,11 @@ func New(cfg Config) (_ *Machine, err error) {
 	}()
 	if err := m.cfg.normalize(); err != nil {
 		return nil, err
+	}
+	warn := m.cfg.Warn
+	m.cfg.Warn = func(line string) {
+		m.feed.publish(Event{Kind: EventWarning, Text: line})
+		warn(line)
 	}
 	for _, step := range []func() error{
 		m.openFiles, m.makeMemory, m.tryLoad, m.openLUNs, m.makeVM, m.makeDevices,
@@ -396,7 +406,7 @@ func (m *Machine) reset() error {
 // Run runs the guest until it powers off (nil), fails (an error that says
 // how), is stopped (nil) or ctx is done (its error). A guest's reset starts it
 // again, unless the configuration says NoReboot.
-func (m *Machine) Run(ctx context.Context) error {
+func (m *Machine) Run(ctx context.Context) (err error) {
 	// vCPUs sit in KVM_RUN and workers in read(2), each of which occupies a P
 	// until the scheduler's monitor takes it back: leave one for each, so
 	// that whoever returns finds one free.
@@ -407,6 +417,10 @@ func (m *Machine) Run(ctx context.Context) error {
 		threads.Go(v.run)
 	}
 	defer func() {
+		m.ending = "the guest powered off"
+		if err != nil {
+			m.ending = err.Error()
+		}
 		m.end()
 		m.gate.end()
 		threads.Wait()
@@ -415,7 +429,9 @@ func (m *Machine) Run(ctx context.Context) error {
 	if err := m.enter(); err != nil {
 		return err
 	}
-	m.state.Store(int32(StateRunning))
+	now := time.Now()
+	m.started.Store(&now)
+	m.enterState(StateRunning, "")
 	m.gate.release()
 	return m.serve(ctx)
 }
