@@ -5,12 +5,12 @@ import (
 	"math/bits"
 
 	"vmm/scsi"
+	"vmm/scsi/pr"
 )
 
 // Sense that only the disk answers with (SPC-5, table of additional sense
 // codes).
 var (
-	deviceReset      = scsi.Sense{Key: scsi.UnitAttention, ASC: 0x29, ASCQ: 0x03}  // BUS DEVICE RESET FUNCTION OCCURRED
 	notStarted       = scsi.Sense{Key: scsi.NotReady, ASC: 0x04, ASCQ: 0x02}       // LOGICAL UNIT NOT READY, INITIALIZING COMMAND REQUIRED
 	writeError       = scsi.Sense{Key: scsi.MediumError, ASC: 0x0c, ASCQ: 0x00}    // WRITE ERROR
 	readError        = scsi.Sense{Key: scsi.MediumError, ASC: 0x11, ASCQ: 0x00}    // UNRECOVERED READ ERROR
@@ -48,7 +48,7 @@ type flags uint16
 
 const (
 	serviceAction flags = 1 << iota // byte 1, bits 4 to 0, tells commands apart
-	immediate                       // needs neither file nor worker and is done at once
+	immediate                       // does not wait, other than for the reservations, and needs no worker
 	evenAttention                   // is done although a unit attention is pending, and leaves it so (SAM-5 5.14)
 	medium                          // needs the disk started
 	blocks                          // names a logical block and a number of blocks, where all of its kind do
@@ -58,13 +58,8 @@ const (
 	quick                           // if short, is first tried without a worker
 	unmapBit                        // byte 1 bit 3 is UNMAP, which exists only there
 
-	// What a reservation held by others does to the command (SPC-5 5.14,
-	// SBC-4 4.16): refused if it is exclusive, or refused in any case.
-	// Without either it is always allowed. (Two commands depend on a bit that
-	// the table does not look at: START STOP UNIT without START and PREVENT
-	// ALLOW MEDIUM REMOVAL with PREVENT are refused in any case.)
-	reads
-	writes
+	alone    // needs that nobody else's command runs meanwhile
+	reserves // is a matter of the reservations, and exists only where there are some
 )
 
 // extent is a range of logical blocks inside the capacity.
@@ -80,65 +75,97 @@ var commands = []command{
 	{cdb: []byte{scsi.OpRequestSense, 0x01, 0, 0, 0xff, 0},
 		flags: immediate | evenAttention, run: (*LUN).requestSense},
 	{cdb: []byte{scsi.OpRead6, 0x1f, 0xff, 0xff, 0xff, 0},
-		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers, run: (*LUN).read},
 	{cdb: []byte{scsi.OpWrite6, 0x1f, 0xff, 0xff, 0xff, 0},
-		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
+		flags: medium | blocks | transfers | changes, run: (*LUN).write},
 	{cdb: []byte{scsi.OpInquiry, 0x01, 0xff, 0xff, 0xff, 0},
 		flags: immediate | evenAttention, run: (*LUN).inquiry},
 	{cdb: []byte{scsi.OpModeSelect6, 0x10, 0, 0, 0xff, 0},
-		flags: writes, run: (*LUN).modeSelect},
+		run: (*LUN).modeSelect},
 	{cdb: []byte{scsi.OpModeSense6, 0x08, 0xff, 0xff, 0xff, 0},
-		flags: immediate | reads, run: (*LUN).modeSense},
+		flags: immediate, run: (*LUN).modeSense},
 	{cdb: []byte{scsi.OpStartStopUnit, 0x01, 0, 0, 0x05, 0},
 		run: (*LUN).startStop},
+	{cdb: []byte{scsi.OpReserve6, 0, 0, 0, 0, 0},
+		flags: reserves, run: (*LUN).reserveUnit},
+	{cdb: []byte{scsi.OpRelease6, 0, 0, 0, 0, 0},
+		flags: reserves, run: (*LUN).reserveUnit},
 	{cdb: []byte{scsi.OpSendDiagnostic, 0x04, 0, 0, 0, 0},
-		flags: immediate | writes, run: (*LUN).nothing}, // the default self-test: nothing can be broken
+		flags: immediate, run: (*LUN).nothing}, // the default self-test: nothing can be broken
 	{cdb: []byte{scsi.OpPreventAllowRemoval, 0, 0, 0, 0x03, 0},
 		flags: immediate, run: (*LUN).nothing}, // the medium cannot be removed
 	{cdb: []byte{scsi.OpReadCapacity10, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 		flags: immediate, run: (*LUN).readCapacity10},
 	{cdb: []byte{scsi.OpRead10, 0x18, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
-		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers, run: (*LUN).read},
 	{cdb: []byte{scsi.OpWrite10, 0x18, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
-		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
+		flags: medium | blocks | transfers | changes, run: (*LUN).write},
 	{cdb: []byte{scsi.OpVerify10, 0x12, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
-		flags: medium | blocks | transfers | reads, run: (*LUN).verify},
+		flags: medium | blocks | transfers, run: (*LUN).verify},
 	{cdb: []byte{scsi.OpSynchronizeCache10, 0x02, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
-		flags: medium | blocks | writes, run: (*LUN).synchronizeCache},
+		flags: medium | blocks, run: (*LUN).synchronizeCache},
 	{cdb: []byte{scsi.OpWriteSame10, 0x08, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0},
-		flags: medium | blocks | changes | writes | unmapBit, run: (*LUN).writeSame},
+		flags: medium | blocks | changes | unmapBit, run: (*LUN).writeSame},
 	{cdb: []byte{scsi.OpUnmap, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0},
-		flags: medium | changes | writes | thinOnly, run: (*LUN).unmap},
+		flags: medium | changes | thinOnly, run: (*LUN).unmap},
 	{cdb: []byte{scsi.OpModeSelect10, 0x10, 0, 0, 0, 0, 0, 0xff, 0xff, 0},
-		flags: writes, run: (*LUN).modeSelect},
+		run: (*LUN).modeSelect},
+	{cdb: []byte{scsi.OpReserve10, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+		flags: reserves, run: (*LUN).reserveUnit},
+	{cdb: []byte{scsi.OpRelease10, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+		flags: reserves, run: (*LUN).reserveUnit},
 	{cdb: []byte{scsi.OpModeSense10, 0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0},
-		flags: immediate | reads, run: (*LUN).modeSense},
+		flags: immediate, run: (*LUN).modeSense},
+	{cdb: []byte{scsi.OpPersistentReserveIn, byte(pr.ReadKeys), 0, 0, 0, 0, 0, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentIn},
+	{cdb: []byte{scsi.OpPersistentReserveIn, byte(pr.ReadReservation), 0, 0, 0, 0, 0, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentIn},
+	{cdb: []byte{scsi.OpPersistentReserveIn, byte(pr.ReportCapabilities), 0, 0, 0, 0, 0, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentIn},
+	{cdb: []byte{scsi.OpPersistentReserveIn, byte(pr.ReadFullStatus), 0, 0, 0, 0, 0, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentIn},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.Register), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.Reserve), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.Release), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.Clear), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.Preempt), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.PreemptAndAbort), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.RegisterAndIgnoreExistingKey), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
+	{cdb: []byte{scsi.OpPersistentReserveOut, byte(pr.RegisterAndMove), 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0},
+		flags: reserves | serviceAction, run: (*LUN).persistentOut},
 	{cdb: []byte{scsi.OpRead16, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers, run: (*LUN).read},
 	{cdb: []byte{scsi.OpCompareAndWrite, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0xff, 0, 0},
-		flags: medium | blocks | changes | writes, run: (*LUN).compareAndWrite},
+		flags: medium | blocks | changes | alone, run: (*LUN).compareAndWrite},
 	{cdb: []byte{scsi.OpWrite16, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
+		flags: medium | blocks | transfers | changes, run: (*LUN).write},
 	{cdb: []byte{scsi.OpVerify16, 0x12, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | transfers | reads, run: (*LUN).verify},
+		flags: medium | blocks | transfers, run: (*LUN).verify},
 	{cdb: []byte{scsi.OpSynchronizeCache16, 0x02, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | writes, run: (*LUN).synchronizeCache},
+		flags: medium | blocks, run: (*LUN).synchronizeCache},
 	{cdb: []byte{scsi.OpWriteSame16, 0x09, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | changes | writes | unmapBit, run: (*LUN).writeSame},
+		flags: medium | blocks | changes | unmapBit, run: (*LUN).writeSame},
 	{cdb: []byte{scsi.OpServiceActionIn16, scsi.SAReadCapacity16, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0},
 		flags: immediate | serviceAction, run: (*LUN).readCapacity16},
 	{cdb: []byte{scsi.OpServiceActionIn16, scsi.SAGetLBAStatus, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: serviceAction | medium | reads, run: (*LUN).getLBAStatus},
+		flags: serviceAction | medium, run: (*LUN).getLBAStatus},
 	{cdb: []byte{scsi.OpReportLUNs, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0},
 		flags: immediate | evenAttention, run: (*LUN).reportLUNs},
 	{cdb: []byte{scsi.OpMaintenanceIn, scsi.SAReportSupportedOpcodes, 0x87, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: immediate | serviceAction | reads, run: (*LUN).reportOpcodes},
+		flags: immediate | serviceAction, run: (*LUN).reportOpcodes},
 	{cdb: []byte{scsi.OpMaintenanceIn, scsi.SAReportSupportedTMFs, 0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: immediate | serviceAction | reads, run: (*LUN).reportTMFs},
+		flags: immediate | serviceAction, run: (*LUN).reportTMFs},
 	{cdb: []byte{scsi.OpRead12, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: quick | medium | blocks | transfers | reads, run: (*LUN).read},
+		flags: quick | medium | blocks | transfers, run: (*LUN).read},
 	{cdb: []byte{scsi.OpWrite12, 0x18, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0},
-		flags: medium | blocks | transfers | changes | writes, run: (*LUN).write},
+		flags: medium | blocks | transfers | changes, run: (*LUN).write},
 }
 
 // byOpcode leads from an operation code to its rows of the table, which are
@@ -156,14 +183,21 @@ func init() {
 	}
 }
 
+// rows is the rows of the table for op that are for this disk: all that there
+// are, or none.
+func (l *LUN) rows(op byte) []command {
+	rows := byOpcode[op]
+	if len(rows) > 0 && (rows[0].flags&thinOnly != 0 && !l.thin || rows[0].flags&reserves != 0 && l.reservations == nil) {
+		return nil
+	}
+	return rows
+}
+
 // lookup finds the row of cdb; nil if the disk has no such command.
 func (l *LUN) lookup(cdb []byte) *command {
-	rows := byOpcode[cdb[0]]
+	rows := l.rows(cdb[0])
 	for i := range rows {
 		cmd := &rows[i]
-		if cmd.flags&thinOnly != 0 && !l.thin {
-			continue
-		}
 		if cmd.flags&serviceAction == 0 || len(cdb) > 1 && cdb[1]&0x1f == cmd.cdb[1]&0x1f {
 			return cmd
 		}
@@ -180,18 +214,14 @@ func (l *LUN) usage(cmd *command, i int) byte {
 	return b
 }
 
-// permitted says whether cmd may run under the reservations on the disk: the
-// one place that asks, for a command that is about to start. None of the
-// commands in the table can make a reservation, so there is none.
-func (l *LUN) permitted(*command) bool { return true }
-
 // execute carries out c and calls Done.
 func (l *LUN) execute(w *worker, c *scsi.Command) {
 	l.answer(c, l.perform(w, c))
 }
 
 // perform finds out whether c may run, in the order that SAM-5 5.3.3 gives to
-// the answers, and runs it.
+// the answers, and runs it. Without a worker it does not wait: see
+// result.again.
 func (l *LUN) perform(w *worker, c *scsi.Command) result {
 	if c.Attr > scsi.HeadOfQueue { // there is no auto contingent allegiance (NORMACA is 0)
 		return check(invalidMessage)
@@ -204,15 +234,26 @@ func (l *LUN) perform(w *worker, c *scsi.Command) result {
 		if sense, ok := l.takeAttention(); ok {
 			return check(sense)
 		}
+		switch {
+		case l.reservations == nil:
+		case cmd != nil && cmd.flags&reserves != 0: // does its own asking
+			if sense, r := l.reservedAttention(w); sense != (scsi.Sense{}) || !r.good() || r.again {
+				r.sense = sense
+				return r
+			}
+		default:
+			pass, r := l.enter(w, c.CDB, cmd != nil && cmd.flags&alone != 0)
+			if !r.good() || r.again {
+				return r
+			}
+			defer l.reservations.Exit(pass)
+		}
 	}
 	if cmd == nil {
-		if hasServiceActions(c.CDB[0]) {
+		if l.hasServiceActions(c.CDB[0]) {
 			return invalidCDB(1, 4)
 		}
 		return check(scsi.InvalidOpcode)
-	}
-	if !l.permitted(cmd) {
-		return result{conflict: true}
 	}
 	if len(c.CDB) < len(cmd.cdb) {
 		return check(scsi.InvalidFieldInCDB)
@@ -241,8 +282,8 @@ func (l *LUN) perform(w *worker, c *scsi.Command) result {
 	return cmd.run(l, w, c, e)
 }
 
-func hasServiceActions(op byte) bool {
-	rows := byOpcode[op]
+func (l *LUN) hasServiceActions(op byte) bool {
+	rows := l.rows(op)
 	return len(rows) > 0 && rows[0].flags&serviceAction != 0
 }
 
@@ -295,7 +336,7 @@ type result struct {
 	hasInfo  bool
 	specific [3]byte // the sense-key specific field
 	conflict bool    // RESERVATION CONFLICT
-	again    bool    // a quick try came to nothing: nothing was done
+	again    bool    // a try without waiting came to nothing: nothing was done
 }
 
 func check(s scsi.Sense) result { return result{sense: s} }
@@ -374,12 +415,8 @@ func (l *LUN) reportOpcodes(_ *worker, c *scsi.Command, _ extent) result {
 	var buf [2048]byte
 	if cdb[2]&0x07 == 0 { // every command
 		list := buf[4:4]
-		for _, rows := range byOpcode {
-			for i := range rows {
-				cmd := &rows[i]
-				if cmd.flags&thinOnly != 0 && !l.thin {
-					continue
-				}
+		for op := range byOpcode {
+			for _, cmd := range l.rows(byte(op)) {
 				var d [8 + timeoutsLen]byte
 				d[0] = cmd.cdb[0]
 				if cmd.flags&serviceAction != 0 {
@@ -400,7 +437,7 @@ func (l *LUN) reportOpcodes(_ *worker, c *scsi.Command, _ extent) result {
 		return reply(c, buf[:4+len(list)], allocation)
 	}
 
-	hasActions := hasServiceActions(op)
+	hasActions := l.hasServiceActions(op)
 	switch cdb[2] & 0x07 {
 	case 1:
 		if hasActions {
@@ -408,7 +445,7 @@ func (l *LUN) reportOpcodes(_ *worker, c *scsi.Command, _ extent) result {
 		}
 		action = 0
 	case 2:
-		if byOpcode[op] != nil && !hasActions {
+		if l.rows(op) != nil && !hasActions {
 			return invalidCDB(2, 2)
 		}
 	case 3: // a command without service actions is asked for as service action 0

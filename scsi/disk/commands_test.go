@@ -297,7 +297,10 @@ func TestRefused(t *testing.T) {
 // TestUsageMasks sets every bit that the table does not name, in every
 // command, and expects to be told which.
 func TestUsageMasks(t *testing.T) {
-	l := memDisk(t, Options{})
+	l := newDisk(t, Options{})
+	if !l.thin {
+		t.Skip("the file system of TMPDIR cannot punch holes")
+	}
 	rows := 0
 	for _, row := range commands {
 		rows++
@@ -334,7 +337,7 @@ func TestUsageMasks(t *testing.T) {
 
 // TestReportSupportedOpcodes checks that the list is the table.
 func TestReportSupportedOpcodes(t *testing.T) {
-	for _, l := range []*LUN{memDisk(t, Options{}), memDisk(t, Options{ReadOnly: true})} {
+	for _, l := range []*LUN{memDisk(t, Options{}), memDisk(t, Options{ReadOnly: true}), newDisk(t, Options{})} {
 		for _, timeouts := range []byte{0, 0x80} {
 			c := do(t, l, []byte{scsi.OpMaintenanceIn, scsi.SAReportSupportedOpcodes, timeouts, 0, 0, 0, 0, 0, 0x20, 0, 0, 0}, nil, 8192)
 			expect(t, c, "")
@@ -354,9 +357,9 @@ func TestReportSupportedOpcodes(t *testing.T) {
 				}
 				list = list[n:]
 			}
-			want := len(commands)
-			if !l.thin {
-				want--
+			want := 0
+			for op := range byOpcode {
+				want += len(l.rows(byte(op)))
 			}
 			if listed != want {
 				t.Errorf("%d commands are listed; want %d", listed, want)

@@ -5,13 +5,19 @@
 // every command; inquiry.go, mode.go and media.go carry them out; queue.go
 // runs them on worker goroutines; ranges.go keeps COMPARE AND WRITE atomic;
 // flush.go empties the cache; file_unsafe.go is the door to the file;
-// identity.go gives the disk a name.
+// identity.go gives the disk a name; reservations.go has the reservations.
 //
 // Caching: data goes through the host's page cache, which is the disk's
 // volatile write cache. SYNCHRONIZE CACHE, FUA and WCE=0 reach the medium.
 //
 // Identity: a disk keeps its serial number and its NAA designator wherever its
 // file goes. See identity.
+//
+// Sharing: an image is one logical unit, and every LUN that has it open is an
+// I_T nexus of it, in whatever process, kept apart by persistent reservations
+// (package pr) and nothing else. They share data, capacity and reservations;
+// COMPARE AND WRITE is atomic among all of them. The caching mode page and
+// START STOP UNIT are each nexus's own.
 package disk
 
 import (
@@ -25,27 +31,35 @@ import (
 	"golang.org/x/sys/unix"
 
 	"vmm/scsi"
+	"vmm/scsi/pr"
 )
 
 // ErrInUse says that another process, or another LUN of this one, has the
-// image open.
+// image open, and in a way that leaves no room for this one.
 var ErrInUse = errors.New("image is in use")
 
 // Options are how to open an image.
 type Options struct {
-	ReadOnly  bool   // refuse every command that changes the medium; several readers may share the image
+	ReadOnly  bool   // refuse every command that changes the medium
 	BlockSize uint32 // bytes in a logical block, 512 or 4096; 0 is 512
+
+	// Initiator names the I_T nexus: the same name is the same nexus, to which
+	// a registration belongs, also after the disk is closed and opened again.
+	// It may be an iSCSI name. The default is the host's name.
+	Initiator string
 }
 
 // LUN is an open image. It implements scsi.LUN.
 type LUN struct {
-	path       string
-	file       file
-	uuid       uuid
-	readOnly   bool
-	thin       bool   // the file system can deallocate blocks
-	blockSize  uint32 // bytes
-	blockShift uint8  // blockSize == 1 << blockShift
+	path     string
+	file     file
+	uuid     uuid
+	readOnly bool
+	thin     bool // the file system can deallocate blocks
+	// reservations of the image; nil if it cannot have any.
+	reservations *pr.File
+	blockSize    uint32 // bytes
+	blockShift   uint8  // blockSize == 1 << blockShift
 
 	blocks    atomic.Uint64 // capacity in logical blocks
 	wce       atomic.Bool   // WRITE CACHE ENABLE of the caching mode page
@@ -59,8 +73,11 @@ type LUN struct {
 var _ scsi.LUN = (*LUN)(nil)
 
 // Open opens the image at path, a regular file whose size is a multiple of the
-// block size, and locks it against a second writer. The lock (flock(2),
-// exclusive, or shared for a read-only disk) ends with Close or the process.
+// block size. Several may open it, each with another initiator name, in files
+// that this user can write beside the image (see pr.File). Where these cannot
+// be written and are not there, the disk has no reservations, and the image is
+// locked: against everybody, or for a read-only disk against everybody but
+// others of its kind. All locks end with Close or the process.
 func Open(path string, o Options) (*LUN, error) {
 	if o.BlockSize == 0 {
 		o.BlockSize = 512
@@ -81,15 +98,15 @@ func Open(path string, o Options) (*LUN, error) {
 	} else if !fi.Mode().IsRegular() {
 		return nil, fmt.Errorf("disk: %s is a %s, not a regular file; give the image file of a disk", path, kind(fi.Mode()))
 	}
-	mode, lock := unix.O_RDWR, unix.LOCK_EX
+	mode := unix.O_RDWR
 	if o.ReadOnly {
-		mode, lock = unix.O_RDONLY, unix.LOCK_SH
+		mode = unix.O_RDONLY
 	}
 	fd, err := unix.Open(real, mode|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, openError(path, err)
 	}
-	l, err := open(path, real, fd, lock, o)
+	l, err := open(path, real, fd, o)
 	if err != nil {
 		unix.Close(fd)
 		return nil, err
@@ -98,18 +115,13 @@ func Open(path string, o Options) (*LUN, error) {
 }
 
 // open does the part of Open that needs fd closed when it fails.
-func open(path, real string, fd, lock int, o Options) (*LUN, error) {
+func open(path, real string, fd int, o Options) (l *LUN, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, fmt.Errorf("disk: fstat %s: %w", path, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, fmt.Errorf("disk: %s is not a regular file", path)
-	}
-	if err := flock(fd, lock|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-		return nil, fmt.Errorf("disk: %s: %w by %s; stop it first, or open the image read-only on both sides", path, ErrInUse, holder(&st))
-	} else if err != nil {
-		return nil, fmt.Errorf("disk: flock %s: %w", path, err)
 	}
 	if st.Size == 0 {
 		return nil, fmt.Errorf(`disk: %s is empty; give it a size with "truncate -s 8G %s"`, path, path)
@@ -118,16 +130,28 @@ func open(path, real string, fd, lock int, o Options) (*LUN, error) {
 		return nil, fmt.Errorf(`disk: %s: %d bytes are no multiple of the block size %d; round up with "truncate -s %%%d %s"`,
 			path, st.Size, o.BlockSize, o.BlockSize, path)
 	}
+	reservations, err := openReservations(real, o.Initiator)
+	if err != nil {
+		return nil, fmt.Errorf("disk: %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil && reservations != nil {
+			reservations.Close()
+		}
+	}()
+	if err := lockImage(fd, reservations != nil, o.ReadOnly); err != nil {
+		return nil, fmt.Errorf("disk: %s: %w", path, err)
+	}
 	id, err := identity(fd, real, &st, o.ReadOnly)
 	if err != nil {
 		return nil, fmt.Errorf("disk: %s: %w", path, err)
 	}
-	return newLUN(path, osFile(fd), uint64(st.Size), id, o), nil
+	return newLUN(path, osFile(fd), uint64(st.Size), id, reservations, o), nil
 }
 
 // newLUN makes a disk of size bytes, a multiple of o.BlockSize, on f.
-func newLUN(path string, f file, size uint64, id uuid, o Options) *LUN {
-	l := &LUN{path: path, file: f, uuid: id, readOnly: o.ReadOnly, blockSize: o.BlockSize, blockShift: 9}
+func newLUN(path string, f file, size uint64, id uuid, reservations *pr.File, o Options) *LUN {
+	l := &LUN{path: path, file: f, uuid: id, reservations: reservations, readOnly: o.ReadOnly, blockSize: o.BlockSize, blockShift: 9}
 	if o.BlockSize == 4096 {
 		l.blockShift = 12
 	}
@@ -184,14 +208,16 @@ func (l *LUN) Limits() scsi.Limits {
 
 // Submit starts c. A command that needs no file, and a short READ of what is
 // in the page cache, are done before it returns: waking a worker takes longer.
+// It does not wait, not for the reservations either.
 func (l *LUN) Submit(c *scsi.Command) {
 	if len(c.CDB) > 0 && (c.Attr == scsi.Simple || c.Attr == scsi.HeadOfQueue) {
 		cmd := l.lookup(c.CDB)
 		if cmd == nil || cmd.flags&immediate != 0 {
-			l.execute(nil, c)
-			return
-		}
-		if cmd.flags&quick != 0 && c.DataLen() <= maxQuick {
+			if r := l.perform(nil, c); !r.again {
+				l.answer(c, r)
+				return
+			}
+		} else if cmd.flags&quick != 0 && c.DataLen() <= maxQuick {
 			if w := l.tasks.claim(); w != nil {
 				w.quick = true
 				r := l.perform(w, c)
@@ -230,15 +256,21 @@ func (l *LUN) Rescan() (changed bool, err error) {
 
 // Reset is a LOGICAL UNIT RESET (SAM-5 6.3.3): commands not yet started come
 // back with scsi.ResetOccurred, and those that are running, which nothing can
-// stop, are waited for, so that none changes the medium after the reset. Mode
-// parameters return to their defaults, and the next command meets a unit
-// attention.
+// stop, are waited for, so that none changes the medium after the reset; other
+// nexuses' too. Mode parameters return to their defaults, SPC-2 reservations
+// end, and the next command of every nexus meets a unit attention.
 func (l *LUN) Reset() error {
-	return l.tasks.drain(func() {
+	err := l.tasks.drain(func() {
 		l.wce.Store(true)
 		l.stopped.Store(false)
 		l.raise(attentionReset)
 	})
+	if err == nil && l.reservations != nil {
+		if err = l.reservations.Reset(); err != nil {
+			err = fmt.Errorf("disk: %s: %w", l.path, err)
+		}
+	}
+	return err
 }
 
 // Close waits for every command in flight, brings the data to the medium and
@@ -255,6 +287,11 @@ func (l *LUN) Close() error {
 	}
 	if err := l.file.close(); err != nil {
 		errs = append(errs, fmt.Errorf("disk: close %s: %w", l.path, err))
+	}
+	if l.reservations != nil {
+		if err := l.reservations.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("disk: close reservations of %s: %w", l.path, err))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -282,7 +319,7 @@ func (l *LUN) takeAttention() (scsi.Sense, bool) {
 		case pending&attentionPowerOn != 0:
 			rest, sense = pending&^(attentionPowerOn|attentionReset), scsi.PowerOnOccurred
 		case pending&attentionReset != 0:
-			rest, sense = pending&^attentionReset, deviceReset
+			rest, sense = pending&^attentionReset, pr.DeviceReset
 		default:
 			rest, sense = pending&^attentionCapacity, scsi.CapacityChanged
 		}

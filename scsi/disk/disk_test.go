@@ -3,6 +3,7 @@ package disk
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"vmm/scsi"
+	"vmm/scsi/pr"
 )
 
 // image makes a sparse file of size bytes.
@@ -150,7 +152,7 @@ func TestOpenRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	busy := file("busy", 4096)
-	openDisk(t, busy, Options{})
+	openDisk(t, busy, Options{Initiator: "me"})
 
 	for _, test := range []struct {
 		path string
@@ -166,8 +168,11 @@ func TestOpenRefuses(t *testing.T) {
 		{path: file("odd", 1000), want: `disk: PATH: 1000 bytes are no multiple of the block size 512; round up with "truncate -s %512 PATH"`},
 		{path: file("odd4k", 4096+512), o: Options{BlockSize: 4096}, want: `disk: PATH: 4608 bytes are no multiple of the block size 4096; round up with "truncate -s %4096 PATH"`},
 		{path: file("bs", 4096), o: Options{BlockSize: 520}, want: "disk: PATH: block size 520: it is 512 or 4096"},
-		{path: busy, is: ErrInUse, want: "disk: PATH: image is in use by this process; stop it first, or open the image read-only on both sides"},
-		{path: busy, o: Options{ReadOnly: true}, is: ErrInUse, want: "disk: PATH: image is in use by this process; stop it first, or open the image read-only on both sides"},
+		{path: busy, o: Options{Initiator: "me"}, is: ErrInUse, want: "disk: PATH: image is in use by this process as initiator me; " +
+			"stop it first, or, if the guests are a cluster that shares the disk, give each another initiator name"},
+		{path: busy, o: Options{Initiator: "me", ReadOnly: true}, is: ErrInUse, want: "disk: PATH: image is in use by this process as initiator me; " +
+			"stop it first, or, if the guests are a cluster that shares the disk, give each another initiator name"},
+		{path: busy, o: Options{Initiator: strings.Repeat("x", 250)}, want: fmt.Sprintf("disk: PATH: initiator name %q: want 1 to 199 bytes without a zero byte", strings.Repeat("x", 250))},
 	} {
 		l, err := Open(test.path, test.o)
 		if err == nil {
@@ -232,11 +237,7 @@ func TestOpenNamesTheHolder(t *testing.T) {
 		l.Close()
 		t.Fatal("Open succeeded")
 	}
-	// /proc/locks may be out of sight in a container; then no process is named.
-	want := "process " + strconv.Itoa(other.Process.Pid)
-	if b, _ := os.ReadFile("/proc/locks"); !bytes.Contains(b, []byte(strconv.Itoa(other.Process.Pid))) {
-		want = "a process on another host"
-	}
+	want := "process " + strconv.Itoa(other.Process.Pid) + " (\"" + os.Args[0]
 	if !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), want) {
 		t.Errorf("Open() = %v; want ErrInUse by %q", err, want)
 	}
@@ -247,19 +248,70 @@ func TestOpenNamesTheHolder(t *testing.T) {
 	openDisk(t, path, Options{})
 }
 
-func TestReadersShare(t *testing.T) {
+// TestSharing is about who may have an image open at once.
+func TestSharing(t *testing.T) {
 	path := image(t, 4096)
-	a := openDisk(t, path, Options{ReadOnly: true})
-	b := openDisk(t, path, Options{ReadOnly: true})
-	if a.Serial() != b.Serial() {
-		t.Errorf("two readers see the serial numbers %s and %s", a.Serial(), b.Serial())
+	a := openDisk(t, path, Options{Initiator: "a"})
+	b := openDisk(t, path, Options{Initiator: "b", ReadOnly: true})
+	c := openDisk(t, path, Options{Initiator: "c"})
+	if a.Serial() != b.Serial() || a.Serial() != c.Serial() {
+		t.Errorf("the serial numbers are %s, %s and %s", a.Serial(), b.Serial(), c.Serial())
 	}
-	if l, err := Open(path, Options{}); !errors.Is(err, ErrInUse) {
-		if err == nil {
-			l.Close()
+}
+
+// TestWithoutReservations is about images beside which nothing can be kept.
+func TestWithoutReservations(t *testing.T) {
+	fd := func(path string, mode int) int {
+		t.Helper()
+		fd, err := unix.Open(path, mode, 0)
+		if err != nil {
+			t.Fatal(err)
 		}
-		t.Errorf("Open for writing beside readers = %v; want ErrInUse", err)
+		t.Cleanup(func() { unix.Close(fd) })
+		return fd
 	}
+	type who struct{ reserving, readOnly bool }
+	writer, reader := who{false, false}, who{false, true}
+	for _, test := range []struct {
+		first, second who
+		ok            bool
+	}{
+		{reader, reader, true},
+		{reader, writer, false},
+		{writer, reader, false},
+		{writer, writer, false},
+		{who{true, false}, who{true, false}, true},
+		{who{true, true}, who{true, false}, true},
+		{who{true, false}, reader, false},
+		{who{true, true}, writer, false},
+		{reader, who{true, true}, false},
+		{writer, who{true, false}, false},
+	} {
+		path := image(t, 4096)
+		mode := map[bool]int{true: unix.O_RDONLY, false: unix.O_RDWR}
+		first := fd(path, mode[test.first.readOnly])
+		if err := lockImage(first, test.first.reserving, test.first.readOnly); err != nil {
+			t.Fatal(err)
+		}
+		second := fd(path, mode[test.second.readOnly])
+		err := lockImage(second, test.second.reserving, test.second.readOnly)
+		if (err == nil) != test.ok || err != nil && !errors.Is(err, ErrInUse) {
+			t.Errorf("%+v beside %+v: %v; want it possible: %v", test.second, test.first, err, test.ok)
+		}
+	}
+
+	if os.Getuid() == 0 {
+		return // to whom every directory is writable
+	}
+	path := image(t, 4096)
+	if err := os.Chmod(filepath.Dir(path), 0o500); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Chmod(filepath.Dir(path), 0o700) })
+	l := openDisk(t, path, Options{})
+	l.takeAttention()
+	expect(t, do(t, l, make([]byte, 6), nil, 0), "")
+	expect(t, do(t, l, pr.In{Action: pr.ReadKeys, Alloc: 8}.CDB(), nil, 8), "5/20/00")
 }
 
 func TestCloseTwice(t *testing.T) {

@@ -80,10 +80,6 @@ func (f osFile) size() (int64, error) {
 
 func (f osFile) close() error { return unix.Close(int(f)) }
 
-func flock(fd, how int) error {
-	return retry(func() error { return unix.Flock(fd, how) })
-}
-
 // retry calls f until a signal does not interrupt it.
 func retry(f func() error) error {
 	for {

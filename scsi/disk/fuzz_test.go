@@ -2,9 +2,12 @@ package disk
 
 import (
 	"bytes"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"vmm/scsi"
+	"vmm/scsi/pr"
 )
 
 // FuzzDisk sends a CDB with data to a disk. Whatever they are, the command
@@ -26,6 +29,15 @@ func FuzzDisk(f *testing.F) {
 	f.Add(cdb10(scsi.OpUnmap, 0, 0, 24), []byte{0, 22, 0, 16, 16: 0, 23: 8}, uint16(0), byte(1))
 	f.Add(cdb16(scsi.OpCompareAndWrite, 0, 1, 1), make([]byte, 1024), uint16(0), byte(2))
 	f.Add(cdb16(scsi.OpServiceActionIn16, scsi.SAGetLBAStatus, 1, 4096), []byte{}, uint16(4096), byte(0))
+	for _, o := range []pr.Out{
+		{Action: pr.Register, ServiceKey: 1, APTPL: true},
+		{Action: pr.RegisterAndIgnoreExistingKey, Key: 1, ServiceKey: 2},
+		{Action: pr.RegisterAndMove, Key: 1, ServiceKey: 2, Unregister: true, MoveTo: named(f, "other")},
+		{Action: pr.Register, ServiceKey: 1, SpecifyPorts: true, Ports: []pr.TransportID{named(f, "other").Initiator}},
+	} {
+		cdb, list := o.Encode()
+		f.Add(cdb, list, uint16(0), byte(0))
+	}
 	f.Add(read10(8, 100, 10), []byte{}, uint16(5120), byte(3))
 
 	f.Fuzz(func(t *testing.T, cdb, out []byte, in uint16, attr byte) {
@@ -35,7 +47,7 @@ func FuzzDisk(f *testing.F) {
 		if attr&0x40 != 0 {
 			o.BlockSize = 4096
 		}
-		l := newLUN("fuzz", file, uint64(len(file.data)), uuid{}, o)
+		l := newLUN("fuzz", file, uint64(len(file.data)), uuid{}, memReservations(t), o)
 		defer l.Close()
 		l.takeAttention()
 
@@ -62,6 +74,10 @@ func FuzzDisk(f *testing.F) {
 			case c.Status == scsi.CheckCondition:
 				if s, ok := scsi.ParseSense(c.Sense[:c.SenseLen]); !ok || s.Key == scsi.NoSense {
 					t.Errorf("CHECK CONDITION with sense % x", c.Sense[:c.SenseLen])
+				}
+			case c.Status == scsi.ReservationConflict: // a REGISTER with a key that is not the disk's
+				if commandReserves(cdb) == nil || c.SenseLen != 0 {
+					t.Errorf("RESERVATION CONFLICT with sense % x", c.Sense[:c.SenseLen])
 				}
 			default:
 				t.Errorf("status %v", c.Status)
@@ -91,6 +107,30 @@ func FuzzDisk(f *testing.F) {
 			t.Errorf("% x changed the medium", cdb)
 		}
 	})
+}
+
+// memReservations is reservations that nobody has, in memory if there is a
+// file system there: a fuzzer has no time for fsync.
+func memReservations(t *testing.T) *pr.File {
+	dir, err := os.MkdirTemp("/dev/shm", "disk-fuzz-")
+	if err != nil {
+		dir = t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	f, err := openReservations(filepath.Join(dir, "disk.img"), "fuzz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+func commandReserves(cdb []byte) *command {
+	for i, row := range byOpcode[cdb[0]] {
+		if row.flags&reserves != 0 {
+			return &byOpcode[cdb[0]][i]
+		}
+	}
+	return nil
 }
 
 // commandsChanging is the rows of the table for cdb that may change the medium.

@@ -1,8 +1,6 @@
 package disk
 
 import (
-	"bufio"
-	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
@@ -170,31 +168,4 @@ func createUUIDFile(dir string, u uuid) (uuid, error) {
 func derived(st *unix.Stat_t) uuid {
 	sum := sha256.Sum256(fmt.Appendf(nil, "vmm disk %d %d %d.%09d", st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec))
 	return uuid(sum[:16]).marked(8)
-}
-
-// holder names who has the flock(2) on the file of st, as far as /proc/locks
-// of this host knows.
-func holder(st *unix.Stat_t) string {
-	locks, err := os.Open("/proc/locks")
-	if err != nil {
-		return "another process"
-	}
-	defer locks.Close()
-	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
-	for lines := bufio.NewScanner(locks); lines.Scan(); {
-		// 1: FLOCK  ADVISORY  WRITE 1234 fd:00:5678 0 EOF
-		f := strings.Fields(lines.Text())
-		if len(f) < 6 || f[1] != "FLOCK" || f[5] != file {
-			continue
-		}
-		if f[4] == fmt.Sprint(os.Getpid()) {
-			return "this process"
-		}
-		if cmdline, err := os.ReadFile("/proc/" + f[4] + "/cmdline"); err == nil && len(cmdline) > 0 {
-			args := bytes.ReplaceAll(bytes.TrimRight(cmdline, "\x00"), []byte{0}, []byte{' '})
-			return fmt.Sprintf("process %s (%.80q)", f[4], args)
-		}
-		return "process " + f[4]
-	}
-	return "a process on another host, or out of this one's sight"
 }

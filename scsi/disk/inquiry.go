@@ -168,8 +168,15 @@ func (l *LUN) nothing(*worker, *scsi.Command, extent) result { return result{} }
 
 // requestSense is REQUEST SENSE (SPC-5 6.39): a pending unit attention is told
 // as data, and that ends it.
-func (l *LUN) requestSense(_ *worker, c *scsi.Command, _ extent) result {
+func (l *LUN) requestSense(w *worker, c *scsi.Command, _ extent) result {
 	sense, ok := l.takeAttention()
+	if !ok {
+		var r result
+		if sense, r = l.reservedAttention(w); !r.good() || r.again {
+			return r
+		}
+		ok = sense != scsi.Sense{}
+	}
 	if !ok && l.stopped.Load() {
 		sense = notStarted
 	}

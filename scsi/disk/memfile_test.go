@@ -129,7 +129,7 @@ func newMem(t testing.TB, f *memFile, o Options) *LUN {
 	if o.BlockSize == 0 {
 		o.BlockSize = 512
 	}
-	l := newLUN("memory", f, uint64(len(f.data)), uuid{15: 1}, o)
+	l := newLUN("memory", f, uint64(len(f.data)), uuid{15: 1}, nil, o)
 	t.Cleanup(func() { l.Close() })
 	do(t, l, []byte{scsi.OpRequestSense, 0, 0, 0, 0, 0}, nil, 0)
 	return l

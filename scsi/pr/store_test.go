@@ -3,6 +3,7 @@ package pr
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -57,12 +58,22 @@ func do(t testing.TB, f *File, o Out, want Answer) {
 
 func enter(t testing.TB, f *File, cdb []byte, want Answer) {
 	t.Helper()
-	a, err := f.Enter(cdb)
+	pass, a, err := f.Enter(cdb, false)
 	if err != nil || a != want {
 		t.Fatalf("% x: %v, %v; want %v", cdb, a, err, want)
 	}
-	if a.OK() {
-		f.Exit()
+	f.Exit(pass)
+}
+
+// quick lets f's commands go the quick way, or only by the locks.
+func quick(t testing.TB, f *File, on bool) {
+	t.Helper()
+	switch {
+	case on && f.number == nil:
+		t.Skip("the file system of TMPDIR has no quick way")
+	case !on:
+		f.ruling.Store(nil)
+		f.number, f.busy = nil, nil
 	}
 }
 
@@ -86,6 +97,7 @@ func TestFileShared(t *testing.T) {
 	enter(t, b, write, good)
 
 	// All of it survives everybody's leaving, and is found by the same name.
+	b.Close()
 	again := open(t, image, "host2:web1")
 	data, answer, err := again.Execute(In{ReadFullStatus, 8192}.CDB(), nil)
 	if err != nil || !answer.OK() {
@@ -98,18 +110,56 @@ func TestFileShared(t *testing.T) {
 	do(t, again, Out{Action: Release, Key: keyB, Type: WriteExclusiveRegistrantsOnly}, good)
 	enter(t, a, write, good)
 
-	// SPC-2 reservations do not survive their nexus.
+	// SPC-2 reservations do not survive their nexus, nor a LOGICAL UNIT RESET.
 	do(t, again, Out{Action: Clear, Key: keyB}, good)
-	if _, r, err := a.Execute([]byte{scsi.OpReserve6, 0, 0, 0, 0, 0}, nil); err != nil || !r.OK() {
+	reserve := []byte{scsi.OpReserve6, 0, 0, 0, 0, 0}
+	c := open(t, image, "host3:web1")
+	if _, r, err := c.Execute(reserve, nil); err != nil || !r.OK() {
 		t.Fatal(r, err)
 	}
-	enter(t, b, write, conflict)
-	open(t, image, "host1:web1")
-	enter(t, b, write, good)
+	enter(t, a, write, conflict)
+	c.Close()
+	enter(t, a, write, good)
+	if _, r, err := again.Execute(reserve, nil); err != nil || !r.OK() {
+		t.Fatal(r, err)
+	}
+	enter(t, a, write, conflict)
 	if err := a.Reset(); err != nil {
 		t.Fatal(err)
 	}
-	enter(t, b, write, check(scsi.PowerOnOccurred))
+	enter(t, a, write, good)
+	enter(t, again, write, check(DeviceReset))
+	enter(t, again, write, good)
+}
+
+// The name of a nexus is taken as long as its holder lives, and its seat free
+// afterwards; another name shares the image.
+func TestFileNames(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	a := open(t, image, "a")
+	open(t, image, "b")
+	_, err := Open(image, a.Nexus())
+	var held *HeldError
+	if !errors.As(err, &held) || held.Holder() != "this process" {
+		t.Errorf("Open of a taken name = %v; want a HeldError by this process", err)
+	}
+	a.Close()
+	for range 2 * maxSeats { // seats are taken again
+		open(t, image, "a").Close()
+	}
+	for i := range 3 * maxSeats { // and names forgotten
+		open(t, image, fmt.Sprint("guest", i)).Close()
+	}
+	tg, err := open(t, image, "a").Target()
+	if err != nil || len(tg.ports) > 3 {
+		t.Errorf("%d nexuses are remembered, %v; want those of the two that are open", len(tg.ports), err)
+	}
+	for i := range maxSeats - 2 {
+		open(t, image, fmt.Sprint("more", i))
+	}
+	if _, err := Open(image, nexusOf(t, "one too many")); err == nil || errors.As(err, &held) {
+		t.Errorf("Open without a free seat = %v; want an error that says so", err)
+	}
 }
 
 // A PREEMPT is answered only when no write that the old reservation allowed
@@ -130,7 +180,7 @@ func TestFileOrdersWritesBeforePreempt(t *testing.T) {
 	for range 4 {
 		wg.Go(func() {
 			for i := 0; ; i++ {
-				answer, err := a.Enter(write)
+				pass, answer, err := a.Enter(write, false)
 				if err != nil {
 					t.Error(err)
 					return
@@ -148,7 +198,7 @@ func TestFileOrdersWritesBeforePreempt(t *testing.T) {
 				mu.Lock()
 				running--
 				mu.Unlock()
-				a.Exit()
+				a.Exit(pass)
 			}
 		})
 	}
@@ -232,6 +282,11 @@ func TestEnterDoesNotAllocate(t *testing.T) {
 	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
 	if n := testing.AllocsPerRun(100, func() { enter(t, f, write, good) }); n != 0 {
 		t.Errorf("%v allocations per command; want 0", n)
+	}
+	quick(t, f, false)
+	enter(t, f, write, good)
+	if n := testing.AllocsPerRun(100, func() { enter(t, f, write, good) }); n != 0 {
+		t.Errorf("%v allocations per command by the locks; want 0", n)
 	}
 }
 
@@ -371,5 +426,26 @@ func TestKill(t *testing.T) {
 		if !ok {
 			t.Fatalf("round %d, %d answers: the state is %+v; the whole script would give %+v", round, answered, got.Status(), model.Status())
 		}
+	}
+}
+
+// BenchmarkEnter is what reservations cost a command that they allow.
+func BenchmarkEnter(b *testing.B) {
+	for _, way := range []string{"quick", "locks"} {
+		b.Run(way, func(b *testing.B) {
+			f := open(b, filepath.Join(b.TempDir(), "disk.img"), "a")
+			if way == "locks" {
+				quick(b, f, false)
+			}
+			write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
+			b.ReportAllocs()
+			for b.Loop() {
+				pass, _, err := f.Enter(write, false)
+				if err != nil {
+					b.Fatal(err)
+				}
+				f.Exit(pass)
+			}
+		})
 	}
 }
