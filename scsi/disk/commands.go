@@ -236,13 +236,16 @@ func (l *LUN) perform(w *worker, c *scsi.Command) result {
 		}
 		switch {
 		case l.reservations == nil:
-		case cmd != nil && cmd.flags&reserves != 0: // does its own asking
-			if sense, r := l.reservedAttention(w); sense != (scsi.Sense{}) || !r.good() || r.again {
-				r.sense = sense
+		case cmd == nil || cmd.flags&reserves != 0: // conflicts with nothing, or does its own asking
+			sense, r := l.reservedAttention(w)
+			if !r.good() || r.again {
 				return r
 			}
+			if sense != (scsi.Sense{}) {
+				return check(sense)
+			}
 		default:
-			pass, r := l.enter(w, c.CDB, cmd != nil && cmd.flags&alone != 0)
+			pass, r := l.enter(w, c.CDB, cmd.flags&alone != 0)
 			if !r.good() || r.again {
 				return r
 			}

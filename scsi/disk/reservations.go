@@ -110,8 +110,8 @@ func answered(a pr.Answer, err error) result {
 	return result{}
 }
 
-// reservedAttention takes a unit attention that came by way of the
-// reservations: from another nexus. none is GOOD.
+// reservedAttention takes a unit attention that another nexus caused; the zero
+// value is none. If r is not GOOD, or to be tried again, it could not be told.
 func (l *LUN) reservedAttention(w *worker) (s scsi.Sense, r result) {
 	switch {
 	case l.reservations == nil || l.reservations.Quiet():

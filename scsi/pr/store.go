@@ -706,6 +706,7 @@ func (f *File) refresh(seq uint64) error {
 	if f.known && f.seq == seq {
 		return nil
 	}
+	f.known = false
 	t, err := ReadState(f.path)
 	if err != nil {
 		return err
