@@ -32,9 +32,11 @@ demo: ## boot a stock guest on a real LUN and show a session in it
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS))
 	@./scripts/demo
 
-test: check ## every test: check, fuzzers for 10 s each, guests
+test: check ## every test: check, fuzzers for 10 s each, the search, the lab, guests
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS) $(TEST_NEEDS))
 	@./scripts/fuzz 10s
+	go test ./scsi/pr -run 'TestSearch$$|TestKill' -timeout 20m -args -search ci
+	VMM_TEST_LAB=1 go test -short -p 1 -timeout 20m ./tests/lab ./tests/guest
 	@./scripts/guests test
 	@echo "make test: all passed"
 
