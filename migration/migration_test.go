@@ -1,0 +1,269 @@
+package migration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"vmm/memory"
+	"vmm/scsi/pr"
+)
+
+// A guest that writes while it moves arrives with every page as it was when it
+// stopped, holes as holes, over any number of connections.
+func TestMigrate(t *testing.T) {
+	for _, channels := range []int{1, 3} {
+		r := newRig(t, 32<<20)
+		r.opts.Channels, r.opts.Downtime = channels, time.Hour
+		kernel := bytes.Repeat([]byte("kernel"), 100_000)
+		r.src.files = []Attachment{{Name: "kernel", Size: int64(len(kernel)), Data: bytes.NewReader(kernel)}, {Name: "initrd", Data: bytes.NewReader(nil)}}
+		for p := uint64(0); p < 6000; p++ { // the rest stays a hole
+			if p%7 != 3 {
+				r.src.write(p, p+1)
+			} else {
+				r.src.write(p, 0) // has memory, and is zero
+			}
+		}
+		stop := make(chan struct{})
+		wrote := make(chan int)
+		go func() {
+			n := 0
+			for {
+				select {
+				case <-stop:
+					wrote <- n
+					return
+				default:
+					if r.src.write(rand.Uint64N(3000), rand.Uint64N(2)*rand.Uint64()) {
+						n++
+					}
+				}
+			}
+		}()
+		arrived := r.receiving()
+		sum, err := r.migrate()
+		close(stop)
+		n := <-wrote
+		if err != nil {
+			t.Fatalf("%d channels: %v", channels, err)
+		}
+		d := (<-arrived).Machine.(*fakeDest)
+		var st unix.Stat_t // before reading fills the holes
+		if err := unix.Fstat(int(d.ram.File().Fd()), &st); err != nil || st.Blocks > 6000*memory.PageSize/512 {
+			t.Errorf("the destination's memory has %d blocks, %v; want no more than the guest's 6000 pages", st.Blocks, err)
+		}
+		same(t, d.ram, r.src.ram)
+		if d.loaded.GetBoot().GetKernel().GetName() != "saved" || !bytes.Equal(d.files[0].Bytes(), kernel) || d.files[1].Len() != 0 {
+			t.Errorf("the destination loaded %v and %d bytes of kernel", d.loaded, d.files[0].Len())
+		}
+		if !d.ran || r.src.g.runs.Load() != 1 || sum.Rounds != 2 || sum.Downtime.Total <= 0 || n == 0 {
+			t.Errorf("%d channels: destination ran %v, %d writes during %+v", channels, d.ran, n, sum)
+		}
+	}
+}
+
+// A page that becomes zero clears what came earlier, and a round is never
+// overtaken by an older one.
+func TestRoundsReplaceEachOther(t *testing.T) {
+	r := newRig(t, 4<<20)
+	r.opts.Channels, r.opts.Downtime = 4, time.Nanosecond
+	for p := range uint64(1024) {
+		r.src.write(p, 1)
+	}
+	round := uint64(1)
+	r.proxy(&proxy{cutAt: -1, onSend: func(k kind) {
+		// While the destination is being told of a round's end the guest
+		// writes the next one's pages; the last round is empty.
+		if round++; k != kindRoundDone || round > 40 {
+			return
+		}
+		for p := range uint64(1024) {
+			r.src.write(p, round*(p+round)%3)
+		}
+	}})
+	arrived := r.receiving()
+	sum, err := r.migrate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	same(t, (<-arrived).Machine.(*fakeDest).ram, r.src.ram)
+	if sum.Rounds < 5 {
+		t.Errorf("%d rounds; want many", sum.Rounds)
+	}
+}
+
+// Everything that can be refused is refused with the guest running, as a
+// sentence that names the thing.
+func TestRefused(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		with func(*rig)
+		want string
+	}{
+		{"the host", func(r *rig) { r.host.refuse = errors.New("the processor here lacks avx2") }, "avx2"},
+		{"memory", func(r *rig) { r.host.size = 2 << 20 }, "memory map"},
+		{"a LUN is missing", func(r *rig) { r.host.luns = nil }, "has 1 LUNs, and 0 of them are here"},
+		{"another LUN", func(r *rig) { r.host.luns[0].Identity = "naa.5" }, "naa.5 here"},
+		{"no reservations there", func(r *rig) { r.host.luns[0].Preflight = nil }, "the other does not"},
+		{"one nexus for two hosts", func(r *rig) { r.host.luns[0].Nexus = nexS }, "cannot be told apart"},
+		{"SPC-2", func(r *rig) { r.src.luns[0].Tracked = func() pr.Tracked { return pr.Tracked{SPC2: true} } }, "RESERVE of SPC-2"},
+		{"no journal", func(r *rig) { r.opts.Journal = nil }, "journal"},
+		{"leftover", func(r *rig) {
+			d := r.host.luns[0].Port.Sender.(*site).d
+			d.do(nexD, pr.Out{ServiceKey: 0xdd})
+			f, err := r.host.luns[0].Port.Probe(context.Background())
+			if err != nil {
+				r.Fatal(err)
+			}
+			r.host.luns[0].Preflight = &f
+		}, "registered already"},
+		{"nobody listens", func(r *rig) { r.dial = Address{"unix", "/nonexistent/socket"} }, "/nonexistent/socket"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDisk(pr.Quirks{})
+			d.do(nexS, pr.Out{ServiceKey: keyGuest})
+			r := newRig(t, 1<<20, d)
+			tt.with(r)
+			r.receiving()
+			_, err := r.migrate()
+			if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Run = %v; want a refusal that says %q", err, tt.want)
+			}
+			if r.src.pauses != 0 || r.src.g.runs.Load() != 1 {
+				t.Errorf("the guest was stopped %d times, runs %d times", r.src.pauses, r.src.g.runs.Load())
+			}
+			if d := r.host.dest(); d != nil {
+				within(t, "closing the refused machine", func() { <-d.closed })
+			}
+		})
+	}
+}
+
+// A failure at any step before COMMIT leaves the guest running where it was,
+// with its reservation, and nothing of it at the destination.
+func TestKept(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		with func(*rig, *Outgoing)
+		want string
+	}{
+		{"a command does not come back", func(r *rig, _ *Outgoing) { r.src.stuck = true }, "still in flight"},
+		{"save", func(r *rig, _ *Outgoing) { r.src.failing = errors.New("KVM_GET_MSRS: 0x1b") }, "0x1b"},
+		{"load", func(r *rig, _ *Outgoing) { r.host.loadErr = errors.New("unknown device") }, "unknown device"},
+		{"canceled while it is stopped", func(r *rig, o *Outgoing) { r.src.inPause = o.Cancel }, "canceled"},
+		{"canceled while it is loaded", func(r *rig, o *Outgoing) { r.host.inLoad = o.Cancel }, "canceled"},
+		{"canceled at once", func(r *rig, o *Outgoing) { o.Cancel() }, ""},
+		{"the destination's path is dead", func(r *rig, _ *Outgoing) { r.src.inPause = func() { r.kill(nexD) } }, "did not answer PERSISTENT RESERVE"},
+		{"the source's path is dead", func(r *rig, _ *Outgoing) { r.src.inPause = func() { r.kill(nexS) } }, "the disk does not say"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDisk(pr.Quirks{})
+			d.do(nexS, pr.Out{ServiceKey: keyGuest})
+			d.do(nexS, pr.Out{Action: pr.Reserve, Key: keyGuest, Type: pr.WriteExclusiveRegistrantsOnly})
+			r := newRig(t, 1<<20, d)
+			r.opts.Deadlines.Drain = 50 * time.Millisecond
+			r.receiving()
+			o := r.outgoing()
+			tt.with(r, o)
+			_, err := o.Run(context.Background())
+			if !errors.Is(err, ErrKept) && !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Run = %v; want %q", err, tt.want)
+			}
+			if r.src.g.runs.Load() != 1 || r.src.paused {
+				t.Errorf("the guest runs %d times, source paused: %v", r.src.g.runs.Load(), r.src.paused)
+			}
+			if n, typ := d.holder(); n != nexS || typ != pr.WriteExclusiveRegistrantsOnly || d.key(nexS) != keyGuest || d.key(nexD) != 0 {
+				t.Errorf("holder %v type %v, source %v, destination %v", n, typ, d.key(nexS), d.key(nexD))
+			}
+		})
+	}
+}
+
+func (r *rig) kill(n pr.Nexus) {
+	d := r.src.luns[0].Port.Sender.(*site).d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.dead[n] = true
+}
+
+// A guest that writes faster than the link either is slowed down until it
+// converges, or runs on when the time is up.
+func TestConvergence(t *testing.T) {
+	c := convergence{limit: 100 * time.Millisecond}
+	const mib = 1 << 20
+	for i, step := range []struct {
+		sent, dirtied uint64
+		took          time.Duration
+		stop          bool
+		throttle      int
+	}{
+		{1000 * mib, 800 * mib, time.Second, false, 0},
+		{800 * mib, 700 * mib, time.Second, false, 20},
+		{700 * mib, 600 * mib, time.Second, false, 40},
+		{600 * mib, 200 * mib, time.Second, false, 40}, // it works
+		{200 * mib, 180 * mib, time.Second, false, 40},
+		{180 * mib, 170 * mib, time.Second, false, 60},
+		{170 * mib, 160 * mib, time.Second, false, 80},
+		{160 * mib, 150 * mib, time.Second, false, 99},
+		{150 * mib, 140 * mib, time.Second, false, 99},
+		{140 * mib, 13 * mib, time.Second, true, 99},
+	} {
+		stop, throttle := c.after(step.sent, step.dirtied, step.took)
+		if stop != step.stop || throttle != step.throttle {
+			t.Errorf("round %d: after = %v, %d; want %v, %d", i+1, stop, throttle, step.stop, step.throttle)
+		}
+	}
+	// A short round does not change what is known of the bandwidth.
+	if c.after(4096, 0, time.Second); c.bandwidth != 140*mib {
+		t.Errorf("bandwidth %v; want %v", c.bandwidth, 140*mib)
+	}
+}
+
+func TestTimeout(t *testing.T) {
+	r := newRig(t, 8<<20)
+	r.opts.Downtime, r.opts.Timeout = time.Nanosecond, 200*time.Millisecond
+	v := uint64(0)
+	r.src.busy = func() {
+		for v++; r.src.write(v%2048, v) && v%1500 != 0; v++ {
+		}
+	}
+	r.receiving()
+	_, err := r.migrate()
+	if !errors.Is(err, ErrKept) || !strings.Contains(err.Error(), "faster than it can be sent") {
+		t.Errorf("Run = %v", err)
+	}
+	r.src.mu.Lock()
+	defer r.src.mu.Unlock()
+	if n := len(r.src.throttles); n == 0 || r.src.throttles[n-1] != 0 || r.src.pauses != 0 {
+		t.Errorf("throttled to %v, stopped %d times; want throttling that ends with 0", r.src.throttles, r.src.pauses)
+	}
+}
+
+func TestMaxBandwidth(t *testing.T) {
+	var l limiter
+	now := time.Unix(100, 0)
+	if d := l.take(1<<30, now); d != 0 {
+		t.Errorf("without a limit: wait %v", d)
+	}
+	l.set(1 << 20)
+	for i, want := range []time.Duration{time.Second, 2 * time.Second} {
+		if d := l.take(1<<20, now); d != want {
+			t.Errorf("MiB %d at 1 MiB/s: wait %v; want %v", i+1, d, want)
+		}
+	}
+	if d := l.take(1<<19, now.Add(time.Minute)); d != time.Second/2 {
+		t.Errorf("after a pause: wait %v; want no more than its own time", d)
+	}
+	// A canceled migration does not wait for the line.
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := l.wait(ctx, 1<<40); !errors.Is(err, context.Canceled) {
+		t.Errorf("wait = %v", err)
+	}
+}
