@@ -15,9 +15,13 @@ type Quirks struct {
 	PreemptedAsClear  bool   // the unit attention of PREEMPT is that of CLEAR, 2A/03
 	AllHolderKey      bool   // an all-registrants reservation remembers who made it: PREEMPT by that key takes it over
 	ClearDropsPersist bool   // CLEAR also ends APTPL
-	UnregisteredSense bool   // RESERVE, RELEASE and CLEAR of an unregistered nexus get sense data, no conflict
+	UnregisteredSense bool   // RESERVE, RELEASE, CLEAR and REGISTER AND MOVE of an unregistered nexus get sense data where there is no reservation
 	ReleaseConflict   bool   // RELEASE with the wrong type conflicts
+	ReleaseKeyLate    bool   // RELEASE that releases nothing is GOOD whatever its RESERVATION KEY
+	UnregisterQuiet   bool   // unregistering leaves PRgeneration as it was
 	CapacityReserved  bool   // READ CAPACITY conflicts for a nexus that may not read
+	HolderOnlySPC2    bool   // compatible reservation handling favours the holder alone: no other registrant
+	OneAttention      bool   // reporting a unit attention forgets the others that were pending
 	MergePaths        bool   // registrations of one initiator port are one, whatever the target port
 }
 
@@ -33,6 +37,8 @@ const (
 	OwnKept
 	// OwnKeptUnreserved: it stays if there is no reservation.
 	OwnKeptUnreserved
+	// OwnKeptAllHold: it stays with an all-registrants reservation.
+	OwnKeptAllHold
 )
 
 // Targets has the deviations of targets in the field, as far as public
@@ -40,8 +46,9 @@ const (
 var Targets = []Quirks{
 	{Name: "SPC"},
 	{
-		Name: "LIO", TypeChecked: true, AllHolderKey: true, ClearDropsPersist: true,
-		UnregisteredSense: true, ReleaseConflict: true, CapacityReserved: true,
+		Name: "LIO", OwnKey: OwnKeptAllHold, TypeChecked: true, AllHolderKey: true, ClearDropsPersist: true,
+		UnregisteredSense: true, ReleaseConflict: true, ReleaseKeyLate: true,
+		UnregisterQuiet: true, CapacityReserved: true, HolderOnlySPC2: true, OneAttention: true,
 	},
 	{Name: "3PAR", OwnKey: OwnKept, MergePaths: true},
 	{Name: "SCST", OwnKey: OwnKeptUnreserved},

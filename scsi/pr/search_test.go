@@ -64,7 +64,7 @@ const aptpl disk = 1 << 24
 
 func (d disk) unpack(t *Target) {
 	for i := range nNexuses {
-		t.ports[i].key = d.key(i)
+		t.ports[i].key, t.ports[i].since = d.key(i), 0 // all alike: the order of the nexuses
 		t.ports[i].pending = [4]scsi.Sense{}
 	}
 	t.typ, t.holder, t.persist = d.typ(), d.holder(), d.persist()

@@ -59,6 +59,7 @@ type Target struct {
 	holder  int    // index of the holder; with all registrants, who reserved; -1
 	persist bool   // PTPL_A
 	spc2    int    // index of the nexus that RESERVE gave the logical unit to; -1
+	since   uint32 // with AllHolderKey: registrations so far
 }
 
 // port is one nexus's part.
@@ -66,6 +67,7 @@ type port struct {
 	Nexus
 	key      Key // 0: not registered
 	allPorts bool
+	since    uint32        // with AllHolderKey: which registration key's is, in their order
 	pending  [4]scsi.Sense // unit attentions, oldest first; the zero value ends them
 }
 
@@ -124,6 +126,15 @@ func (p *port) take() (s scsi.Sense, ok bool) {
 	copy(p.pending[:], p.pending[1:])
 	p.pending[len(p.pending)-1] = scsi.Sense{}
 	return s, s != scsi.Sense{}
+}
+
+// enter makes k the registration of i.
+func (t *Target) enter(i int, k Key) {
+	if t.Quirks.AllHolderKey && t.ports[i].key == 0 {
+		t.since++
+		t.ports[i].since = t.since
+	}
+	t.ports[i].key = k
 }
 
 // Status is everything that can be read about the target.
@@ -214,6 +225,9 @@ func (t *Target) Execute(n Nexus, cdb, list []byte) (data []byte, a Answer) {
 		return nil, good
 	}
 	if s, ok := t.ports[i].take(); ok {
+		if t.Quirks.OneAttention {
+			t.ports[i].pending = [4]scsi.Sense{}
+		}
 		return nil, check(s)
 	}
 	switch cdb[0] {
@@ -298,6 +312,13 @@ func (t *Target) reserved(typ Type, holder int) { t.typ, t.holder = typ, holder 
 
 func (t *Target) out(i int, o *Out) Answer {
 	p := &t.ports[i]
+	// SPC-5 5.14.1, table "PERSISTENT RESERVE OUT service actions that are
+	// allowed in the presence of various reservations": what it forbids is not
+	// looked at any further.
+	if t.typ != None && o.Action != Register && o.Action != RegisterAndIgnoreExistingKey &&
+		(p.key == 0 || !t.holds(i) && (o.Action == Reserve || o.Action == RegisterAndMove)) {
+		return conflict
+	}
 	switch o.Action {
 	case Register, RegisterAndIgnoreExistingKey:
 		return t.register(i, o)
@@ -320,11 +341,11 @@ func (t *Target) out(i int, o *Out) Answer {
 	// key in the RESERVATION KEY field.
 	if p.key == 0 && t.Quirks.UnregisteredSense {
 		switch o.Action {
-		case Reserve, Release, Clear:
+		case Reserve, Release, Clear, RegisterAndMove:
 			return check(lunCommunication)
 		}
 	}
-	if p.key == 0 || p.key != o.Key {
+	if p.key == 0 || p.key != o.Key && !(o.Action == Release && t.Quirks.ReleaseKeyLate && !t.holds(i)) {
 		return conflict
 	}
 	switch o.Action {
@@ -375,15 +396,19 @@ func (t *Target) register(i int, o *Out) Answer {
 				}
 			}
 		}
-		p.key, p.allPorts = o.ServiceKey, o.AllTargetPorts
+		t.enter(i, o.ServiceKey)
+		p.allPorts = o.AllTargetPorts
 		port := p.TargetPort
 		for _, id := range o.Ports { // p is not valid after an append
-			q := &t.ports[t.port(Nexus{id, port})]
-			q.key, q.allPorts = o.ServiceKey, o.AllTargetPorts
+			j := t.port(Nexus{id, port})
+			t.enter(j, o.ServiceKey)
+			t.ports[j].allPorts = o.AllTargetPorts
 		}
 	}
 	t.persist = o.APTPL
-	t.gen++
+	if o.ServiceKey != 0 || !t.Quirks.UnregisterQuiet {
+		t.gen++
+	}
 	return good
 }
 
@@ -409,13 +434,17 @@ func (t *Target) drop(i int) {
 		return
 	}
 	if t.typ.AllRegistrants() {
+		first := -1 // of those left, the one that registered first
 		for j := range t.ports {
-			if t.ports[j].key != 0 {
-				if t.holder == i {
-					t.holder = j
-				}
-				return
+			if t.ports[j].key != 0 && (first < 0 || t.ports[j].since < t.ports[first].since) {
+				first = j
 			}
+		}
+		if first >= 0 {
+			if t.holder == i {
+				t.holder = first
+			}
+			return
 		}
 	}
 	t.reserved(None, -1)
@@ -510,7 +539,8 @@ func (t *Target) preempt(i int, o *Out) Answer {
 	}
 
 	known := false
-	keepOwn := t.Quirks.OwnKey == OwnKept || t.Quirks.OwnKey == OwnKeptUnreserved && t.typ == None
+	keepOwn := t.Quirks.OwnKey == OwnKept || t.Quirks.OwnKey == OwnKeptUnreserved && t.typ == None ||
+		t.Quirks.OwnKey == OwnKeptAllHold && all
 	// A holder that merely lends its key to others is not removed: only a key
 	// that is not the holder's gets here, or an all-registrants reservation.
 	for j := range t.ports {
@@ -551,7 +581,7 @@ func (t *Target) move(i int, o *Out) Answer {
 		return check(NoRegistrationRoom)
 	}
 	j := t.port(o.MoveTo)
-	t.ports[j].key = o.ServiceKey
+	t.enter(j, o.ServiceKey)
 	t.holder = j
 	if o.Unregister {
 		t.ports[i].key, t.ports[i].allPorts = 0, false
@@ -578,10 +608,22 @@ func (t *Target) mayUse(i int) bool {
 	return t.holds(i) || t.typ.admitsRegistrants() && t.ports[i].key != 0
 }
 
+// compatible says that RESERVE and RELEASE of SPC-2 from i are GOOD and do
+// nothing, although there are registrations.
+func (t *Target) compatible(i int) bool {
+	switch {
+	case t.Quirks.NoSPC2Compatible:
+		return false
+	case t.Quirks.HolderOnlySPC2:
+		return t.typ != None && t.holder == i
+	}
+	return t.mayUse(i)
+}
+
 // reserveUnit is RESERVE(6) or RESERVE(10) of SPC-2.
 func (t *Target) reserveUnit(i int) Answer {
 	if t.registered() {
-		if !t.Quirks.NoSPC2Compatible && t.mayUse(i) {
+		if t.compatible(i) {
 			return good
 		}
 		return conflict
@@ -597,7 +639,7 @@ func (t *Target) reserveUnit(i int) Answer {
 // not reserved it does nothing, and that is no error.
 func (t *Target) releaseUnit(i int) Answer {
 	if t.registered() {
-		if !t.Quirks.NoSPC2Compatible && t.mayUse(i) {
+		if t.compatible(i) {
 			return good
 		}
 		return conflict

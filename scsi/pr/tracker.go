@@ -114,11 +114,15 @@ func (t *Tracker) After(cdb, list []byte, answered bool, status scsi.Status) {
 		return
 	}
 	s := &t.st
-	// GOOD to anything but REGISTER AND IGNORE says that the RESERVATION KEY
-	// is the guest's registration: a guest that was rebooted in place need
-	// not register again.
-	if o.Action != RegisterAndIgnoreExistingKey && o.Action != ReplaceLostReservation && o.Key != 0 {
-		s.Key = o.Key
+	// GOOD says that the RESERVATION KEY is the guest's registration: a guest
+	// that was rebooted in place need not register again. These three may be
+	// GOOD with any key; RELEASE on LIO, where it has nothing to release.
+	switch o.Action {
+	case RegisterAndIgnoreExistingKey, ReplaceLostReservation, Release:
+	default:
+		if o.Key != 0 {
+			s.Key = o.Key
+		}
 	}
 	switch o.Action {
 	case Register, RegisterAndIgnoreExistingKey:

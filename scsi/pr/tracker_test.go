@@ -44,6 +44,10 @@ func TestTracker(t *testing.T) {
 			good(Out{Action: Reserve, Key: keyA, Type: WriteExclusive}),
 			good(Out{Action: Release, Key: keyA, Type: WriteExclusive}),
 		}, Tracked{Key: keyA}},
+		{"RELEASE is GOOD with a wrong key, where it releases nothing", []step{
+			good(Out{Action: Register, ServiceKey: keyA}),
+			good(Out{Action: Release, Key: keyB, Type: WriteExclusive}),
+		}, Tracked{Key: keyA}},
 		{"clear", []step{
 			good(Out{Action: Reserve, Key: keyA, Type: WriteExclusive}),
 			good(Out{Action: Clear, Key: keyA}),
