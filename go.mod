@@ -3,6 +3,7 @@ module vmm
 go 1.26.0
 
 require (
+	connectrpc.com/connect v1.21.1
 	github.com/c35s/hype v0.0.0-20240219193225-9c233c6170bc
 	github.com/cavaliergopher/cpio v1.0.1
 	github.com/google/go-cmp v0.7.0
@@ -15,7 +16,6 @@ require (
 )
 
 require (
-	connectrpc.com/connect v1.21.1 // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/spf13/pflag v1.0.9 // indirect
 	golang.org/x/tools v0.26.0 // indirect

@@ -3,6 +3,7 @@ package machine
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -99,6 +100,9 @@ type Reservation struct {
 	// Own is the index in Registrations of this machine's, -1 if it has none
 	// or nobody can tell.
 	Own int
+	// OwnUnknown says that one of them may be this machine's although Own is
+	// -1: several have the guest's key, or the tracker is in doubt.
+	OwnUnknown bool
 	// Guest is what the tracker believes of the guest.
 	Guest pr.Tracked
 }
@@ -137,7 +141,9 @@ func (l *lun) reservation(ctx context.Context) (Reservation, error) {
 		}
 		guest = l.tracked.settle(before, truth)
 	}
-	return Reservation{v, own, guest}, nil
+	unknown := own < 0 && (l.self.Initiator == "" || !v.FullStatus) &&
+		slices.ContainsFunc(v.Registrations, func(r pr.Registration) bool { return guest.Doubt || r.Key == guest.Key })
+	return Reservation{v, own, unknown, guest}, nil
 }
 
 // tracked is a LUN whose guest's reservation is followed. A command that has

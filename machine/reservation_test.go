@@ -290,6 +290,14 @@ func TestReservationWhileTheGuestRuns(t *testing.T) {
 			t.Fatalf("%s: reservation() = %+v, %v", q.Name, r, err)
 		}
 
+		// With two of the guest's key it takes the nexus to tell them apart.
+		backend.do(t, otherNexus, pr.Out{Action: pr.Register, Key: otherKey, ServiceKey: ourKey})
+		r, err = l.reservation(t.Context())
+		if known := !q.NoFullStatus; err != nil || r.OwnUnknown == known || (r.Own >= 0) != known {
+			t.Errorf("%s: a shared key: reservation() = %+v, %v", q.Name, r, err)
+		}
+		backend.do(t, otherNexus, pr.Out{Action: pr.Register, Key: ourKey, ServiceKey: otherKey})
+
 		// A preemption by the guest leaves the tracker in doubt; the disk
 		// settles it, where it tells nexuses apart.
 		if err := guestOut(t, l, pr.Out{Action: pr.Reserve, Key: ourKey, Type: pr.WriteExclusive}); err != nil {

@@ -1,0 +1,270 @@
+package control
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A running machine has two files in the run directory:
+//
+//	NAME.pid    locked with flock(2) as long as its process lives, holding the
+//	            process's id
+//	NAME.sock   where it serves its control API
+//
+// Whoever makes, judges or removes either has the directory's own lock, for
+// no longer than that takes. So a name that is locked belongs to a live
+// process, and nobody takes a machine that just begins for a dead one.
+
+// RunDir is a run directory: that of the locks and sockets of this user's
+// machines.
+type RunDir string
+
+// DefaultRunDir is $VMM_RUN_DIR, else /run/vmm for root, else
+// $XDG_RUNTIME_DIR/vmm. The directory is made if it is not there.
+func DefaultRunDir() (RunDir, error) {
+	dir := os.Getenv("VMM_RUN_DIR")
+	switch base := os.Getenv("XDG_RUNTIME_DIR"); {
+	case dir != "":
+	case os.Geteuid() == 0:
+		dir = "/run/vmm"
+	case base != "":
+		dir = filepath.Join(base, "vmm")
+	default:
+		return "", errors.New("XDG_RUNTIME_DIR is not set: log in as this user, or set it to a directory that only this user can write to")
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("directory for locks and sockets: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return "", fmt.Errorf("directory for locks and sockets: %s: %w", dir, err)
+	}
+	// Whoever else can write there can put a socket of his own in a
+	// machine's place.
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o022 != 0 {
+		return "", fmt.Errorf("directory for locks and sockets: %s belongs to user %d, mode %04o: it must be this user's, and writable for nobody else (chmod 700 %[1]s)", dir, st.Uid, st.Mode&0o7777)
+	}
+	return RunDir(dir), nil
+}
+
+// ValidName says why name cannot be a machine's; nil if it can. Names are fit
+// for file names and command lines.
+func ValidName(name string) error {
+	ok := name != "" && len(name) <= 64 && !strings.ContainsFunc(name, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
+	}) && name[0] != '.' && name[0] != '-'
+	if !ok {
+		return fmt.Errorf("guest name %q: give 1 to 64 letters, digits, '-', '_' or '.', not starting with '-' or '.'", name)
+	}
+	if strings.HasSuffix(name, incoming) {
+		return fmt.Errorf("guest name %q: names that end in %s are those of guests on their way here", name, incoming)
+	}
+	return nil
+}
+
+// incoming ends the name under which a machine is reached that waits for its
+// guest to arrive.
+const incoming = ".incoming"
+
+func (d RunDir) pidFile(name string) string { return filepath.Join(string(d), name+".pid") }
+
+// Socket is where the machine called name is reached.
+func (d RunDir) Socket(name string) string { return filepath.Join(string(d), name+".sock") }
+
+// locked calls f with the directory's lock.
+func (d RunDir) locked(f func() error) error {
+	lock, err := os.OpenFile(filepath.Join(string(d), "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("run directory: %w", err)
+	}
+	defer lock.Close()
+	if err := flock(lock, unix.LOCK_EX); err != nil {
+		return fmt.Errorf("run directory: flock %s: %w", lock.Name(), err)
+	}
+	return f()
+}
+
+func flock(f *os.File, how int) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), how); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// holder opens name's pid file and says who has it locked: 0 if nobody has,
+// and then the lock is the caller's until it closes the file.
+func (d RunDir) holder(name string) (f *os.File, pid int, err error) {
+	f, err = os.OpenFile(d.pidFile(name), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, 0, fmt.Errorf("run directory: %w", err)
+	}
+	err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		return f, 0, nil
+	}
+	defer f.Close()
+	if err != unix.EWOULDBLOCK {
+		return nil, 0, fmt.Errorf("run directory: flock %s: %w", f.Name(), err)
+	}
+	b, _ := io.ReadAll(io.LimitReader(f, 32))
+	pid, err = strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid < 1 {
+		pid = -1 // locked, by someone who did not write it
+	}
+	return nil, pid, nil
+}
+
+// ErrRunning is in the chain of Claim's error where the name is taken.
+var ErrRunning = errors.New("runs already")
+
+// Claim is a machine's name in its run directory, with the socket that it is
+// reached at.
+type Claim struct {
+	dir      RunDir
+	name     string
+	pid      *os.File
+	listener *net.UnixListener
+}
+
+// Claim takes name for this process and listens on its socket. What a dead
+// process has left of that name is removed.
+func (d RunDir) Claim(name string) (*Claim, error) {
+	if err := ValidName(strings.TrimSuffix(name, incoming)); err != nil {
+		return nil, err
+	}
+	c := &Claim{dir: d, name: name}
+	err := d.locked(func() error {
+		f, pid, err := d.holder(name)
+		switch {
+		case err != nil:
+			return err
+		case pid != 0:
+			who := fmt.Sprintf("pid %d", pid)
+			if pid < 0 {
+				who = "another process"
+			}
+			return fmt.Errorf("guest %s %w (%s): give this one another name, or stop that one (vmm stop %[1]s)", name, ErrRunning, who)
+		}
+		c.pid = f
+		if err = f.Truncate(0); err == nil {
+			_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
+		}
+		if err != nil {
+			return fmt.Errorf("run directory: %w", err)
+		}
+		path := d.Socket(name)
+		if len(path) > maxSocketPath {
+			return fmt.Errorf("control socket %s: its path has %d bytes, a unix socket's at most %d: give the guest a shorter name, or set VMM_RUN_DIR to a shorter directory", path, len(path), maxSocketPath)
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("control socket: %w", err)
+		}
+		c.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			return fmt.Errorf("control socket: %w", err)
+		}
+		c.listener.SetUnlinkOnClose(false) // Close does, with the lock
+		if err := os.Chmod(path, 0o600); err != nil {
+			return fmt.Errorf("control socket: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// maxSocketPath is the longest path of a unix socket, in bytes (unix(7)).
+const maxSocketPath = 107
+
+// Close gives the name and the socket up. A second Close does nothing.
+func (c *Claim) Close() error {
+	if c.pid == nil {
+		return nil
+	}
+	if c.listener != nil {
+		c.listener.Close() // closed already, if it was served
+	}
+	err := c.dir.locked(func() error { return c.dir.remove(c.name) })
+	err = errors.Join(err, c.pid.Close())
+	c.pid = nil
+	return err
+}
+
+// remove removes a machine's files. The caller has both locks.
+func (d RunDir) remove(name string) error {
+	var errs []error
+	for _, path := range []string{d.Socket(name), d.pidFile(name)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Running is a machine that runs.
+type Running struct {
+	Name string
+	Pid  int // -1 if it cannot be told
+}
+
+// List is every machine that runs, by name. What dead ones have left is
+// removed.
+func (d RunDir) List() ([]Running, error) {
+	var list []Running
+	err := d.locked(func() error {
+		entries, err := os.ReadDir(string(d))
+		if err != nil {
+			return fmt.Errorf("run directory: %w", err)
+		}
+		for _, e := range entries {
+			name, ok := strings.CutSuffix(e.Name(), ".pid")
+			if !ok {
+				continue
+			}
+			pid, err := d.judge(name)
+			if err != nil {
+				return err
+			}
+			if pid != 0 {
+				list = append(list, Running{name, pid})
+			}
+		}
+		return nil
+	})
+	slices.SortFunc(list, func(a, b Running) int { return strings.Compare(a.Name, b.Name) })
+	return list, err
+}
+
+// judge is the pid of the live process that has name, else 0, with what it
+// left removed. The caller has the directory's lock.
+func (d RunDir) judge(name string) (int, error) {
+	f, pid, err := d.holder(name)
+	if err != nil || pid != 0 {
+		return pid, err
+	}
+	defer f.Close()
+	return 0, d.remove(name)
+}
+
+// find is the pid of the machine called name; 0 if none runs.
+func (d RunDir) find(name string) (pid int, err error) {
+	err = d.locked(func() (err error) {
+		pid, err = d.judge(name)
+		return err
+	})
+	return pid, err
+}

@@ -1,0 +1,230 @@
+package control
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	vmmv1 "vmm/proto/vmm/v1"
+)
+
+// A process of its own claims a name and waits to be killed.
+func TestMain(m *testing.M) {
+	if name := os.Getenv("CONTROL_TEST_CLAIM"); name != "" {
+		_, err := RunDir(os.Getenv("CONTROL_TEST_DIR")).Claim(name)
+		fmt.Println(err)
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+// otherProcess claims name in dir.
+func otherProcess(t *testing.T, dir RunDir, name string) *exec.Cmd {
+	t.Helper()
+	c := exec.Command(os.Args[0])
+	c.Env = append(os.Environ(), "CONTROL_TEST_CLAIM="+name, "CONTROL_TEST_DIR="+string(dir))
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Process.Kill(); c.Wait() })
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "<nil>\n" {
+		t.Fatalf("the other process says %q, %v", line, err)
+	}
+	return c
+}
+
+func TestNameIsTakenOnce(t *testing.T) {
+	dir := runDir(t)
+	other := otherProcess(t, dir, "web1")
+	_, err := dir.Claim("web1")
+	if want := fmt.Sprintf("(pid %d)", other.Process.Pid); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), want) {
+		t.Errorf("Claim() = %v; want %q", err, want)
+	}
+	list, err := dir.List()
+	if err != nil || len(list) != 1 || list[0] != (Running{"web1", other.Process.Pid}) {
+		t.Errorf("List() = %v, %v", list, err)
+	}
+	if c, err := dir.Dial("web1"); err != nil {
+		t.Error(err)
+	} else {
+		c.Close()
+	}
+	info, err := os.Stat(dir.Socket("web1"))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v; want mode 0600", info.Mode(), err)
+	}
+
+	// Dead, it leaves its files behind; they hide nothing and bind nobody.
+	other.Process.Kill()
+	other.Wait()
+	if _, err := os.Stat(dir.Socket("web1")); err != nil {
+		t.Fatalf("a process that was killed left no socket: this test tests nothing: %v", err)
+	}
+	if _, err := dir.Dial("web1"); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("Dial() = %v; want ErrNotRunning", err)
+	}
+	c, err := dir.Claim("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := dir.Dial("web1"); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("Dial() after Close = %v; want ErrNotRunning", err)
+	}
+}
+
+func TestListCleansUp(t *testing.T) {
+	dir := runDir(t)
+	var wait sync.WaitGroup
+	for i := range 6 {
+		p := otherProcess(t, dir, fmt.Sprintf("vm%d", i))
+		if i%2 == 0 {
+			wait.Go(func() { p.Process.Kill(); p.Wait() })
+		}
+	}
+	wait.Wait()
+	list, err := dir.List()
+	if err != nil || len(list) != 3 || list[0].Name != "vm1" || list[2].Name != "vm5" {
+		t.Errorf("List() = %v, %v; want vm1, vm3, vm5", list, err)
+	}
+	if left, _ := filepath.Glob(string(dir) + "/vm[024]*"); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if live, _ := filepath.Glob(string(dir) + "/vm[135].sock"); len(live) != 3 {
+		t.Errorf("sockets of the living: %v", live)
+	}
+}
+
+// Of many that want one name at the same time, with others that list and
+// clean up all the while, exactly one has it at any moment.
+func TestClaimRaces(t *testing.T) {
+	dir := runDir(t)
+	var mu sync.Mutex
+	holding, got := 0, 0
+	var wait sync.WaitGroup
+	for range 8 {
+		wait.Go(func() {
+			for range 50 {
+				c, err := dir.Claim("web1")
+				if errors.Is(err, ErrRunning) {
+					continue
+				} else if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				if holding++; holding > 1 {
+					t.Errorf("%d hold one name", holding)
+				}
+				got++
+				mu.Unlock()
+				if conn, err := net.Dial("unix", dir.Socket("web1")); err != nil {
+					t.Errorf("the holder's socket: %v", err)
+				} else {
+					conn.Close()
+				}
+				mu.Lock()
+				holding--
+				mu.Unlock()
+				if err := c.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		wait.Go(func() {
+			for range 50 {
+				if _, err := dir.List(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wait.Wait()
+	if got == 0 {
+		t.Error("nobody ever had the name")
+	}
+}
+
+func TestRefusedNames(t *testing.T) {
+	dir := runDir(t)
+	for name, want := range map[string]string{
+		"":                      "give 1 to 64 letters",
+		"../x":                  "give 1 to 64 letters",
+		".hidden":               "give 1 to 64 letters",
+		"-rf":                   "give 1 to 64 letters",
+		strings.Repeat("x", 65): "give 1 to 64 letters",
+		"web1.incoming":         "on their way here",
+	} {
+		if err := ValidName(name); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("ValidName(%q) = %v; want %q", name, err, want)
+		}
+		if _, err := dir.Dial(name); err == nil {
+			t.Errorf("Dial(%q) succeeded", name)
+		}
+	}
+	long := RunDir(filepath.Join(string(dir), strings.Repeat("d", 100)))
+	if err := os.Mkdir(string(long), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := long.Claim("web1"); err == nil || !strings.Contains(err.Error(), "a unix socket's at most 107") {
+		t.Errorf("Claim() in a long directory = %v", err)
+	}
+	if left, _ := filepath.Glob(string(long) + "/web1*"); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestDefaultRunDir(t *testing.T) {
+	dir := string(runDir(t))
+	t.Setenv("VMM_RUN_DIR", filepath.Join(dir, "run"))
+	got, err := DefaultRunDir()
+	if err != nil || string(got) != filepath.Join(dir, "run") {
+		t.Fatalf("DefaultRunDir() = %v, %v", got, err)
+	}
+	if info, err := os.Stat(string(got)); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the directory: %v, %v; want mode 0700", info.Mode(), err)
+	}
+	os.Chmod(string(got), 0o777)
+	if _, err := DefaultRunDir(); err == nil || !strings.Contains(err.Error(), "chmod 700") {
+		t.Errorf("DefaultRunDir() of a directory that all can write to = %v", err)
+	}
+}
+
+// A socket whose process is alive and does not answer is no dead machine's.
+func TestExplain(t *testing.T) {
+	dir := runDir(t)
+	claim, err := dir.Claim("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := dir.Dial("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	claim.listener.Close()
+	_, err = c.Status(t.Context(), request(&vmmv1.StatusRequest{}))
+	if got := c.Explain(err); err == nil || !strings.Contains(got.Error(), "just starting or ending") {
+		t.Errorf("a socket that does not listen: %v", got)
+	}
+	if err := claim.Close(); err != nil {
+		t.Error(err)
+	}
+	_, err = c.Status(t.Context(), request(&vmmv1.StatusRequest{}))
+	if got := c.Explain(err); !errors.Is(got, ErrNotRunning) {
+		t.Errorf("a machine that has gone: %v", got)
+	}
+}
