@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"vmm/memory"
+	"vmm/scsi/pr"
 )
 
 const (
@@ -54,12 +55,16 @@ type LUNConfig struct {
 	Timeout  time.Duration // of one passed-through command
 	ReadOnly bool
 	Unsafe   bool // let commands pass that can brick the device for others
+
+	// Initiator names the nexus of a software disk, to which a registration
+	// belongs; default: HOST:NAME of host and machine.
+	Initiator string
 }
 
 // DefaultTimeout is the time one passed-through command may take.
 const DefaultTimeout = 30 * time.Second
 
-// ParseLUN reads [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe].
+// ParseLUN reads [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe].
 // In values a comma is written twice.
 func ParseLUN(s string) (LUNConfig, error) {
 	l := LUNConfig{Target: -1, Timeout: DefaultTimeout}
@@ -75,7 +80,7 @@ func ParseLUN(s string) (LUNConfig, error) {
 		seen[key] = true
 		if wants := key != "readonly"; wants && (!hasValue || value == "") {
 			if !hasValue && !knownLUNKey(key) {
-				return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe]", key)
+				return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe]", key)
 			}
 			return fail("%s needs a value, as in %s=...", key, key)
 		} else if !wants && hasValue {
@@ -94,6 +99,11 @@ func ParseLUN(s string) (LUNConfig, error) {
 				return fail("target %s: give a number from 0 to %d", value, MaxTargets-1)
 			}
 			l.Target = n
+		case "initiator":
+			if _, err := pr.NamedNexus(value); err != nil {
+				return fail("%v", err)
+			}
+			l.Initiator = value
 		case "timeout":
 			d, err := time.ParseDuration(value)
 			if err != nil || d < time.Second || d > 24*time.Hour {
@@ -106,7 +116,7 @@ func ParseLUN(s string) (LUNConfig, error) {
 			}
 			l.Unsafe = true
 		default:
-			return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe]", key)
+			return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe]", key)
 		}
 	}
 	if l.Path == "" {
@@ -117,7 +127,7 @@ func ParseLUN(s string) (LUNConfig, error) {
 
 func knownLUNKey(key string) bool {
 	switch key {
-	case "id", "path", "target", "timeout", "allow":
+	case "id", "path", "target", "initiator", "timeout", "allow":
 		return true
 	}
 	return false

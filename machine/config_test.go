@@ -16,6 +16,7 @@ func TestParseLUN(t *testing.T) {
 		{"path=/dev/sg2", LUNConfig{Path: "/dev/sg2", Target: -1, Timeout: DefaultTimeout}},
 		{"id=data,path=/dev/sg2,target=7,timeout=5s,readonly,allow=unsafe",
 			LUNConfig{ID: "data", Path: "/dev/sg2", Target: 7, Timeout: 5 * time.Second, ReadOnly: true, Unsafe: true}},
+		{"path=a.img,initiator=host1:web1", LUNConfig{Path: "a.img", Target: -1, Timeout: DefaultTimeout, Initiator: "host1:web1"}},
 		{"path=a,,b=c.img", LUNConfig{Path: "a,b=c.img", Target: -1, Timeout: DefaultTimeout}},
 	} {
 		got, err := ParseLUN(test.in)
@@ -28,16 +29,18 @@ func TestParseLUN(t *testing.T) {
 		}
 	}
 	for in, want := range map[string]string{
-		"":                           "unknown option",
-		"id=x":                       "path=PATH is missing",
-		"/dev/sg2":                   "unknown option",
-		"path":                       "path needs a value",
-		"path=":                      "path needs a value",
-		"path=a,path=b":              "path is given twice",
-		"path=a,target=256":          "from 0 to 255",
-		"path=a,target=-1":           "from 0 to 255",
-		"path=a,timeout=1ms":         "from 1s to 24h",
-		"path=a,readonly=yes":        "takes no value",
+		"":                    "unknown option",
+		"id=x":                "path=PATH is missing",
+		"/dev/sg2":            "unknown option",
+		"path":                "path needs a value",
+		"path=":               "path needs a value",
+		"path=a,path=b":       "path is given twice",
+		"path=a,target=256":   "from 0 to 255",
+		"path=a,target=-1":    "from 0 to 255",
+		"path=a,timeout=1ms":  "from 1s to 24h",
+		"path=a,readonly=yes": "takes no value",
+		"path=a,initiator=":   "initiator needs a value",
+		"path=a,initiator=" + strings.Repeat("x", 200): "want 1 to 199 bytes",
 		"path=a,allow=all":           "only allow=unsafe",
 		"path=a,type=disk":           "unknown option \"type\"",
 		"path=a,target=99999999999 ": "from 0 to 255",

@@ -51,8 +51,19 @@ func (m *Machine) openLUN(l *LUNConfig) (scsi.LUN, error) {
 	}
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
-		return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly}))
+		initiator := l.Initiator
+		if initiator == "" {
+			host, err := os.Hostname()
+			if err != nil {
+				return nil, fmt.Errorf("LUN %s: this host has no name: %w; give initiator=NAME", l.Path, err)
+			}
+			initiator = host + ":" + m.cfg.Name
+		}
+		return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: initiator}))
 	case mode&os.ModeDevice != 0:
+		if l.Initiator != "" {
+			return nil, fmt.Errorf("LUN %s: initiator=%s: a device's nexus is that of this host's port; only a software disk can be given another", l.Path, l.Initiator)
+		}
 		return open(sg.Open(l.Path, sg.Options{VM: m.cfg.Name, RunDir: m.cfg.RunDir, Timeout: l.Timeout}))
 	}
 	return nil, fmt.Errorf("LUN %s: neither a device nor a regular file: give a /dev/sgN, a SCSI block device or a disk image", l.Path)
