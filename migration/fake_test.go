@@ -179,7 +179,7 @@ func (l *fakeLog) Visit(fn func(memory.GPA, uint64) error) error {
 			continue
 		}
 		first := p
-		for p < pages && l.taken[p] && p-first < 64 {
+		for p < pages && l.taken[p] && p-first < 512 {
 			delete(l.taken, p)
 			p++
 		}
@@ -372,7 +372,8 @@ type rig struct {
 	src      *fakeSource
 	host     *fakeHost
 	listen   Address
-	dial     Address // the listener, or a proxy before it
+	ln       net.Listener // nil: on listen
+	dial     Address      // the listener, or a proxy before it
 	security Security
 	opts     Options
 	recv     ReceiveOptions
@@ -419,9 +420,12 @@ func (r *rig) settled(m map[string]pr.Outcome, id string, o pr.Outcome) {
 // ends with the test.
 func (r *rig) receiving() (arrived <-chan *Arrival) {
 	r.Helper()
-	ln, err := Listen(r.listen, r.security, nil)
-	if err != nil {
-		r.Fatal(err)
+	ln := r.ln
+	if ln == nil {
+		var err error
+		if ln, err = Listen(r.listen, Security{}, nil); err != nil {
+			r.Fatal(err)
+		}
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ch := make(chan *Arrival, 1)

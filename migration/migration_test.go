@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +16,15 @@ import (
 	"vmm/memory"
 	"vmm/scsi/pr"
 )
+
+// Most tests wait: for deadlines, and for a journal to reach its disk.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 // A guest that writes while it moves arrives with every page as it was when it
 // stopped, holes as holes, over any number of connections.

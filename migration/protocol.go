@@ -172,9 +172,10 @@ var protocol = map[arrow]state{
 	{loading, receives, kindAbort}:       undoing,
 	{loading, sends, kindAborted}:        aborted,
 
-	{ready, receives, kindCommit}: moving,
-	{ready, receives, kindAbort}:  undoing,
-	{ready, sends, kindAborted}:   aborted,
+	{ready, receives, kindReservation}: ready, // nobody has asked for it
+	{ready, receives, kindCommit}:      moving,
+	{ready, receives, kindAbort}:       undoing,
+	{ready, sends, kindAborted}:        aborted,
 
 	{moving, sends, kindReservation}:    moving,
 	{moving, receives, kindReservation}: moving,

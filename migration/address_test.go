@@ -1,0 +1,240 @@
+package migration
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestParseAddress(t *testing.T) {
+	for in, want := range map[string]string{
+		"tcp://host2:4444":   "tcp://host2:4444",
+		"host2:4444":         "tcp://host2:4444",
+		"[::1]:4444":         "tcp://[::1]:4444",
+		"tcp://0.0.0.0:1":    "tcp://0.0.0.0:1",
+		"unix:///run/a.sock": "unix:///run/a.sock",
+		"host2":              "",
+		"host2:":             "",
+		"unix://a.sock":      "",
+		"http://host2:80":    "",
+		"":                   "",
+	} {
+		a, err := ParseAddress(in)
+		if err != nil && want != "" || err == nil && a.String() != want {
+			t.Errorf("ParseAddress(%q) = %v, %v; want %q", in, a, err, want)
+		}
+	}
+}
+
+// Without TLS nothing leaves the host, unless the user says so.
+func TestInsecure(t *testing.T) {
+	for address, private := range map[string]bool{
+		"tcp://127.0.0.1:0": true, "tcp://localhost:0": true, "tcp://[::1]:0": true, "unix:///tmp/x": true,
+		"tcp://0.0.0.0:0": false, "tcp://:0": false, "tcp://192.0.2.1:0": false, "tcp://host2:0": false, "tcp://localhost.example:0": false,
+	} {
+		a, err := ParseAddress(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Dialer(a, Security{}, ""); (err == nil) != private {
+			t.Errorf("Dialer(%v) without TLS: %v; want it allowed: %v", a, err, private)
+		}
+		if _, err := Dialer(a, Security{Insecure: true}, ""); err != nil {
+			t.Errorf("Dialer(%v), insecure: %v", a, err)
+		}
+		if private {
+			continue
+		}
+		if ln, err := Listen(a, Security{}, nil); err == nil {
+			ln.Close()
+			t.Errorf("Listen(%v) without TLS succeeded", a)
+		}
+	}
+}
+
+// authority makes TLS directories.
+type authority struct {
+	key  *ecdsa.PrivateKey
+	cert *x509.Certificate
+}
+
+func newAuthority(t testing.TB) *authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &authority{key, cert}
+}
+
+// issue makes a directory for a host with these names.
+func (a *authority) issue(t testing.TB, names ...string) *Certificates {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(2), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, DNSNames: names,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, a.cert, &key.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, b := range map[string]*pem.Block{
+		FileCA:   {Type: "CERTIFICATE", Bytes: a.cert.Raw},
+		FileCert: {Type: "CERTIFICATE", Bytes: der},
+		FileKey:  {Type: "EC PRIVATE KEY", Bytes: private},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(b), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	certs, err := LoadCertificates(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return certs
+}
+
+// overTCP gives r a listener on a free port. Receive closes it.
+func (r *rig) overTCP(certs *Certificates, peers ...string) {
+	r.Helper()
+	ln, err := Listen(Address{"tcp", "127.0.0.1:0"}, Security{TLS: certs}, peers)
+	if err != nil {
+		r.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(ln.Addr().String())
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.dial = Address{"tcp", "localhost:" + port}
+	r.ln = ln
+}
+
+func TestTLS(t *testing.T) {
+	a := newAuthority(t)
+	for _, tt := range []struct {
+		name     string
+		src, dst *Certificates
+		peers    []string // that the destination lets in
+		ok       bool
+	}{
+		{"both known", a.issue(t, "host1"), a.issue(t, "localhost"), nil, true},
+		{"the source by name", a.issue(t, "host1"), a.issue(t, "localhost"), []string{"host0", "host1"}, true},
+		{"a source with another name", a.issue(t, "host1"), a.issue(t, "localhost"), []string{"host0"}, false},
+		{"a destination with another name", a.issue(t, "host1"), a.issue(t, "host2"), nil, false},
+		{"a source of another authority", newAuthority(t).issue(t, "host1"), a.issue(t, "localhost"), nil, false},
+		{"a destination of another authority", a.issue(t, "host1"), newAuthority(t).issue(t, "localhost"), nil, false},
+		{"a source without TLS", nil, a.issue(t, "localhost"), nil, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, 8<<20)
+			r.opts.Channels = 2
+			r.opts.Deadlines = Deadlines{Connect: 2 * time.Second}
+			for p := uint64(0); p < 1500; p++ {
+				r.src.write(p, p)
+			}
+			r.overTCP(tt.dst, tt.peers...)
+			r.security = Security{TLS: tt.src}
+			arrived := r.receiving()
+			_, err := r.migrate()
+			if !tt.ok {
+				if !errors.Is(err, ErrRefused) && !errors.Is(err, ErrKept) || r.src.pauses != 0 || r.host.dest() != nil {
+					t.Errorf("Run = %v; the guest was stopped %d times", err, r.src.pauses)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			same(t, (<-arrived).Machine.(*fakeDest).ram, r.src.ram)
+		})
+	}
+}
+
+func TestLoadCertificates(t *testing.T) {
+	certs := newAuthority(t).issue(t, "host1")
+	if err := os.Chmod(filepath.Join(certs.dir, FileKey), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadCertificates(certs.dir); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+		t.Errorf("a key that others may read: %v", err)
+	}
+	if _, err := LoadCertificates(t.TempDir()); err == nil || !strings.Contains(err.Error(), FileCA) {
+		t.Errorf("an empty directory: %v; want the names of the files", err)
+	}
+}
+
+// Whoever connects and is no migration is dropped, and the destination goes on
+// waiting.
+func TestStrangers(t *testing.T) {
+	r := newRig(t, 1<<20)
+	r.recv.Deadlines.Connect = 200 * time.Millisecond
+	arrived := r.receiving()
+	hello := preamble{role: roleControl, id: NewID()}.bytes()
+	for name, b := range map[string][]byte{
+		"nothing":         nil,
+		"a web browser":   []byte("GET / HTTP/1.1\r\nHost: a-name-that-is-long-enough\r\n\r\n"),
+		"half a preamble": hello[:20],
+		"an unknown role": preamble{role: 9}.bytes(),
+		"a long message":  append(hello[:len(hello):len(hello)], 0xff, 0xff, 0xff, 0x7f),
+		"no protobuf":     append(hello[:len(hello):len(hello)], 4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff),
+		"data of nobody":  preamble{role: roleData, id: NewID()}.bytes(),
+	} {
+		conn, err := net.Dial(r.listen.Network, r.listen.Address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write(b); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		within(t, name, func() {
+			if n, err := conn.Read(make([]byte, 1)); err == nil {
+				t.Errorf("%s was answered with %d bytes", name, n)
+			}
+		})
+		conn.Close()
+	}
+	// A question about a migration that nobody knows has an answer, too.
+	o := r.outgoing()
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if m, err := o.question(ctx, time.Second); err != nil || kindOf(m) != kindUndecided {
+		t.Errorf("question = %v, %v; want undecided", m, err)
+	}
+	if _, err := r.migrate(); err != nil {
+		t.Errorf("after all that: %v", err)
+	}
+	<-arrived
+}
