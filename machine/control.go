@@ -178,7 +178,7 @@ func (m *Machine) serve(ctx context.Context) error {
 				if over, err := m.pause(ctx, r); over {
 					return err
 				}
-			case requestResume:
+			case requestResume, requestDo:
 				close(r.done)
 			}
 		}
@@ -206,10 +206,14 @@ func (m *Machine) pause(ctx context.Context, r request) (over bool, err error) {
 				close(r.done)
 				return true, nil
 			case requestResume:
+				m.wake()
 				m.enterState(StateRunning, "")
 				m.gate.release()
 				close(r.done)
 				return false, nil
+			case requestDo:
+				r.do()
+				close(r.done)
 			case requestPause:
 				close(r.done)
 			}

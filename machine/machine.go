@@ -18,6 +18,7 @@ import (
 	"vmm/kvm"
 	"vmm/memory"
 	"vmm/pci"
+	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/virtio"
 )
 
@@ -37,9 +38,19 @@ type Machine struct {
 	virtio []*virtio.PCI
 	legacy []resetter
 	pm     *device.PM
+	rtc    *device.RTC
+	cf9    *device.ResetControl
 	uarts  [2]*device.UART
 	scsi   *virtio.SCSI
 	luns   []*lun
+
+	given given // what the guest was given of a processor
+	guest guest // what Run begins with
+	rests bool  // the devices rest; Run's alone while it runs
+	// wallClock are the registers whose writing writes guest memory: Run's
+	// first deed for a guest that was loaded.
+	wallClock []kvm.MSREntry
+	boot      func() (*vmmv1.BootState, error)
 
 	// What the vCPUs and the chips were when they were made: a reset returns
 	// to it.
@@ -81,7 +92,10 @@ const flushTimeout = 5 * time.Second
 
 // New builds a machine: everything that can be refused is refused here, and
 // nothing of the guest runs. The machine that is returned must be closed.
-func New(cfg Config) (_ *Machine, err error) {
+func New(cfg Config) (*Machine, error) { return build(cfg, nil) }
+
+// build builds a machine, for the guest that arrives if there is one.
+func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), ended: make(chan struct{})}
 	m.end = sync.OnceFunc(func() {
 		m.enterState(StateEnded, m.ending)
@@ -105,9 +119,14 @@ func New(cfg Config) (_ *Machine, err error) {
 		m.feed.publish(Event{Kind: EventWarning, Text: line})
 		warn(line)
 	}
-	for _, step := range []func() error{
-		m.openFiles, m.makeMemory, m.tryLoad, m.openLUNs, m.makeVM, m.makeDevices,
-	} {
+	steps := []func() error{m.openFiles, m.makeMemory, m.tryLoad, m.openLUNs, m.makeVM, m.makeDevices}
+	if in != nil {
+		m.guest = guestExpected
+		steps = []func() error{
+			func() error { return m.accept(in) }, m.makeMemory, m.openLUNs, m.makeVM, m.makeDevices,
+		}
+	}
+	for _, step := range steps {
 		if err := step(); err != nil {
 			return nil, err
 		}
@@ -118,6 +137,9 @@ func New(cfg Config) (_ *Machine, err error) {
 func (m *Machine) onClose(f func() error) { m.close = append(m.close, f) }
 
 func (m *Machine) openFiles() error {
+	if m.cfg.Kernel == "" {
+		return errors.New("no kernel: give the path of a bzImage or an ELF kernel")
+	}
 	open := func(what, path string) (boot.File, error) {
 		f, err := os.Open(path)
 		if err != nil {
@@ -144,6 +166,7 @@ func (m *Machine) openFiles() error {
 		}
 		m.initrd = &f
 	}
+	m.boot = sync.OnceValues(m.hashImages)
 	return nil
 }
 
@@ -202,34 +225,25 @@ func (m *Machine) makeVM() error {
 
 // createVCPUs makes the vCPUs and keeps their first state.
 func (m *Machine) createVCPUs(system *kvm.System) error {
-	supported, err := system.SupportedCPUID()
-	if err != nil {
-		return err
+	if m.guest != guestExpected {
+		cpuid, err := offeredCPUID(system, m.cfg.CPU)
+		if err != nil {
+			return err
+		}
+		for id := range m.cfg.CPUs {
+			m.given.cpuid = append(m.given.cpuid, forVCPU(cpuid, id, m.cfg.CPUs))
+		}
 	}
-	deadline, err := system.Check(kvm.CapTSCDeadlineTimer)
-	if err != nil && !errors.Is(err, kvm.ErrNotSupported) {
-		return err
-	}
-	cpuid, err := guestCPUID(supported, m.cfg.CPU, deadline > 0)
-	if err != nil {
-		return err
-	}
-	var msrs []uint32
 	for id := range m.cfg.CPUs {
 		cpu, err := m.vm.CreateVCPU(id)
 		if err != nil {
 			return err
 		}
 		m.onClose(cpu.Close)
-		if err := cpu.SetCPUID(forVCPU(cpuid, id, m.cfg.CPUs)); err != nil {
+		if err := m.give(system, cpu); err != nil {
 			return err
 		}
-		if msrs == nil {
-			if msrs, err = guestMSRs(system, cpu); err != nil {
-				return err
-			}
-		}
-		fresh, err := saveVCPU(cpu, msrs)
+		fresh, err := saveVCPU(cpu, m.given.msrs)
 		if err != nil {
 			return err
 		}
@@ -295,7 +309,8 @@ func (m *Machine) makeDevices() error {
 	m.pm = device.NewPM(m.irqLine(boot.IRQSCI), func() { m.post(event{kind: eventPowerOff}) })
 	legacy(boot.PortPM, device.PMPorts, m.pm)
 	reset := func() { m.post(event{kind: eventReset}) }
-	legacy(boot.PortReset, 1, device.NewResetControl(reset))
+	m.cf9 = device.NewResetControl(reset)
+	legacy(boot.PortReset, 1, m.cf9)
 	m.ports.add(boot.PortKeyboard, 1, device.NewKeyboardReset(reset))
 
 	regions := m.ram.Regions()
@@ -303,9 +318,9 @@ func (m *Machine) makeDevices() error {
 	if len(regions) > 1 {
 		high = uint64(len(regions[1].Bytes))
 	}
-	rtc := device.NewRTC(uint64(len(regions[0].Bytes)), high, m.irqLine(boot.IRQRTC))
-	m.onClose(func() error { rtc.Close(); return nil })
-	legacy(boot.PortRTC, device.RTCPorts, rtc)
+	m.rtc = device.NewRTC(uint64(len(regions[0].Bytes)), high, m.irqLine(boot.IRQRTC))
+	m.onClose(func() error { m.rtc.Close(); return nil })
+	legacy(boot.PortRTC, device.RTCPorts, m.rtc)
 	m.ports.add(boot.PortPVPanic, 1, device.NewPVPanic(
 		func() { m.fail(errors.New("the guest's kernel panicked (pvpanic); its last words are on the console")) },
 		func() { m.cfg.Warn("the guest's kernel panicked and started its crash kernel") }))
@@ -358,6 +373,9 @@ func (m *Machine) fail(err error) { m.post(event{eventFailed, err}) }
 
 // load puts kernel, initrd and tables into memory.
 func (m *Machine) load() (boot.Entry, error) {
+	if m.kernel.Data == nil {
+		return boot.Entry{}, errors.New("the guest came here without its kernel's image: end it and start it anew")
+	}
 	return boot.Load(m.ram, boot.Config{Kernel: m.kernel, Initrd: m.initrd, Cmdline: m.cfg.Cmdline, CPUs: m.cfg.CPUs})
 }
 
@@ -404,8 +422,9 @@ func (m *Machine) reset() error {
 }
 
 // Run runs the guest until it powers off (nil), fails (an error that says
-// how), is stopped (nil) or ctx is done (its error). A guest's reset starts it
-// again, unless the configuration says NoReboot.
+// how), is stopped (nil) or ctx is done (its error). It boots the guest, or
+// goes on with the one that was loaded. A guest's reset starts it again, unless
+// the configuration says NoReboot.
 func (m *Machine) Run(ctx context.Context) (err error) {
 	// vCPUs sit in KVM_RUN and workers in read(2), each of which occupies a P
 	// until the scheduler's monitor takes it back: leave one for each, so
@@ -426,7 +445,7 @@ func (m *Machine) Run(ctx context.Context) (err error) {
 		threads.Wait()
 		m.flush()
 	}()
-	if err := m.enter(); err != nil {
+	if err := m.begin(); err != nil {
 		return err
 	}
 	now := time.Now()

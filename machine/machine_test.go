@@ -305,6 +305,7 @@ func TestNewRefusesAndLeavesNothing(t *testing.T) {
 		want   string
 		is     error
 	}{
+		"no kernel":        {func(c *Config) { c.Kernel = "" }, "no kernel: give the path", nil},
 		"kernel missing":   {func(c *Config) { c.Kernel = filepath.Join(dir, "no") }, "kernel " + filepath.Join(dir, "no") + ": no such file", os.ErrNotExist},
 		"kernel is a text": {func(c *Config) { c.Kernel = text }, "not a kernel", nil},
 		"kernel is a dir":  {func(c *Config) { c.Kernel = dir }, "not a regular file", nil},

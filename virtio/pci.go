@@ -211,6 +211,9 @@ func (t *PCI) addCapability(kind uint8, offset, length uint32, more, writable []
 	return t.function.AddCapability(c)
 }
 
+// Device is what the transport drives.
+func (t *PCI) Device() Device { return t.dev }
+
 // Function is the device as the bus sees it.
 func (t *PCI) Function() *pci.Function { return t.function }
 

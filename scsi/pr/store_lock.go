@@ -19,9 +19,10 @@ import (
 //
 // It has a sequence number of the state, and a seat for every process that
 // has the image open (every File, to be exact). Its byte locks belong to the
-// open file (F_OFD_SETLK, fcntl(2)), so they end with the last descriptor of
-// it, which in a killed process is after its last system call has returned:
-// once a dead process's locks are gone, so are its commands.
+// open file (F_OFD_SETLK, fcntl(2)), so they end with the last descriptor and
+// mapping of it, which in a killed process is after the last system call of
+// its threads has returned: once a dead process's locks are gone, so are its
+// commands.
 type lockFile struct {
 	file *os.File
 	mem  *sys.Mapping // nil: not shared, see mappable

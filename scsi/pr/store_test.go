@@ -8,8 +8,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"vmm/scsi"
@@ -65,16 +67,10 @@ func enter(t testing.TB, f *File, cdb []byte, want Answer) {
 	f.Exit(pass)
 }
 
-// quick lets f's commands go the quick way, or only by the locks.
-func quick(t testing.TB, f *File, on bool) {
-	t.Helper()
-	switch {
-	case on && f.number == nil:
-		t.Skip("the file system of TMPDIR has no quick way")
-	case !on:
-		f.ruling.Store(nil)
-		f.number, f.busy = nil, nil
-	}
+// byLocks takes the quick way from f, as on a network file system.
+func byLocks(f *File) {
+	f.ruling.Store(nil)
+	f.number, f.busy = nil, nil
 }
 
 // Two open files are to each other what two processes are: flock knows no
@@ -162,58 +158,105 @@ func TestFileNames(t *testing.T) {
 	}
 }
 
-// A PREEMPT is answered only when no write that the old reservation allowed
-// is running any more, in whatever process; and it is not starved by a stream
-// of them.
-func TestFileOrdersWritesBeforePreempt(t *testing.T) {
+// While somebody has the disk to itself nobody else's command runs, by
+// whichever way it came in: not one that began before, and none that begins.
+// And a stream of commands starves no RESERVE.
+func TestFileShutsOut(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk.img")
-	a, b := open(t, image, "a"), open(t, image, "b")
-	do(t, a, Out{Action: Register, ServiceKey: keyA}, good)
-	do(t, a, Out{Action: Reserve, Key: keyA, Type: WriteExclusiveRegistrantsOnly}, good)
-	do(t, b, Out{Action: Register, ServiceKey: keyB}, good)
+	owner := open(t, image, "owner")
+	do(t, owner, Out{Action: Register, ServiceKey: keyA}, good)
 	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
 
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	running, preempted, bad := 0, false, false
-	began := make(chan bool, 16)
-	for range 4 {
-		wg.Go(func() {
-			for i := 0; ; i++ {
-				pass, answer, err := a.Enter(write, false)
-				if err != nil {
-					t.Error(err)
-					return
+	var mine, over atomic.Bool
+	var in atomic.Int64
+	var guests sync.WaitGroup
+	defer guests.Wait()
+	defer over.Store(true)
+	ways := make([]atomic.Int64, 4) // commands by pass
+	for i := range 3 {
+		f := open(t, image, fmt.Sprint("guest", i))
+		if i == 2 {
+			byLocks(f)
+		}
+		for range 2 {
+			guests.Go(func() {
+				for n := 0; !over.Load(); n++ {
+					alone := n%64 == 0
+					pass, answer, err := f.Enter(write, alone)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if !answer.OK() {
+						continue
+					}
+					inside := in.Add(1)
+					if mine.Load() || pass == passAlone && inside > 1 {
+						t.Errorf("a command (pass %d) runs beside %d others; the disk is reserved: %v", pass, inside-1, mine.Load())
+						over.Store(true)
+					}
+					ways[pass].Add(1)
+					runtime.Gosched()
+					if mine.Load() {
+						t.Errorf("the disk was reserved while a command (pass %d) was running", pass)
+						over.Store(true)
+					}
+					in.Add(-1)
+					f.Exit(pass)
 				}
-				if !answer.OK() {
-					return // fenced
-				}
-				mu.Lock()
-				running++
-				bad = bad || preempted
-				mu.Unlock()
-				if i == 0 {
-					began <- true
-				}
-				mu.Lock()
-				running--
-				mu.Unlock()
-				a.Exit(pass)
-			}
-		})
+			})
+		}
 	}
-	for range 4 {
-		<-began
+	for range 50 {
+		do(t, owner, Out{Action: Reserve, Key: keyA, Type: ExclusiveAccess}, good)
+		mine.Store(true)
+		enter(t, owner, write, good)
+		mine.Store(false)
+		do(t, owner, Out{Action: Release, Key: keyA, Type: ExclusiveAccess}, good)
+		// Until somebody has been in again.
+		for before := in.Load(); in.Load() == before && !over.Load(); {
+			runtime.Gosched()
+		}
 	}
-	do(t, b, Out{Action: Preempt, Key: keyB, ServiceKey: keyA, Type: WriteExclusiveRegistrantsOnly}, good)
-	mu.Lock()
-	bad = bad || running > 0
-	preempted = true
-	mu.Unlock()
-	wg.Wait()
-	if bad {
-		t.Error("a write was running when its PREEMPT had been answered")
+	for pass := passLocks; pass <= passAlone; pass++ {
+		if ways[pass].Load() == 0 {
+			t.Errorf("nobody came in by pass %d", pass)
+		}
 	}
+	if owner.number != nil && ways[passQuick].Load() == 0 {
+		t.Error("nobody came in the quick way")
+	}
+}
+
+// Whoever is killed in the middle of a command holds up nobody, and a number
+// that was left odd is made even.
+func TestFileAfterDeath(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	a := open(t, image, "a")
+	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
+
+	b := open(t, image, "b")
+	enter(t, b, write, good)
+	if _, answer, err := b.Enter(write, false); err != nil || !answer.OK() { // and never comes out
+		t.Fatal(answer, err)
+	}
+	b.Close() // as its death would
+	do(t, a, Out{Action: Register, ServiceKey: keyA}, good)
+
+	c := open(t, image, "c")
+	if err := c.begin(); err != nil {
+		t.Fatal(err)
+	}
+	c.Close() // with all the locks
+	for range 2 {
+		enter(t, a, write, good) // by the locks, if need be
+	}
+	do(t, a, Out{Action: Reserve, Key: keyA, Type: WriteExclusive}, good)
+	enter(t, a, write, good)
+	if seq, err := a.locks.seq(); err != nil || seq&1 != 0 {
+		t.Errorf("the sequence number is %d, %v; want an even one", seq, err)
+	}
+	enter(t, open(t, image, "d"), write, conflict)
 }
 
 func TestFileDamaged(t *testing.T) {
@@ -283,7 +326,7 @@ func TestEnterDoesNotAllocate(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { enter(t, f, write, good) }); n != 0 {
 		t.Errorf("%v allocations per command; want 0", n)
 	}
-	quick(t, f, false)
+	byLocks(f)
 	enter(t, f, write, good)
 	if n := testing.AllocsPerRun(100, func() { enter(t, f, write, good) }); n != 0 {
 		t.Errorf("%v allocations per command by the locks; want 0", n)
@@ -435,7 +478,7 @@ func BenchmarkEnter(b *testing.B) {
 		b.Run(way, func(b *testing.B) {
 			f := open(b, filepath.Join(b.TempDir(), "disk.img"), "a")
 			if way == "locks" {
-				quick(b, f, false)
+				byLocks(f)
 			}
 			write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
 			b.ReportAllocs()
