@@ -164,9 +164,6 @@ func (c *Config) normalize() error {
 	if c.CPUs < 1 || c.CPUs > MaxCPUs {
 		return fmt.Errorf("%d vCPUs: give 1 to %d", c.CPUs, MaxCPUs)
 	}
-	if c.Kernel == "" {
-		return fmt.Errorf("no kernel: give the path of a bzImage or an ELF kernel")
-	}
 	if c.Memory%memory.PageSize != 0 {
 		return fmt.Errorf("memory of %d bytes is no multiple of the page size %d", c.Memory, memory.PageSize)
 	}

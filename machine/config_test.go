@@ -77,7 +77,6 @@ func TestNormalize(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"give 1 to 8": func(c *Config) { c.CPUs = 9 },
 		"0 vCPUs":     func(c *Config) { c.CPUs = 0 },
-		"no kernel":   func(c *Config) { c.Kernel = "" },
 		"too little":  func(c *Config) { c.Memory = 0 },
 		"no multiple": func(c *Config) { c.Memory = 256<<20 + 1 },
 		"CPU model":   func(c *Config) { c.CPU = "486" },
