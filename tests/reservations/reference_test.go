@@ -19,8 +19,9 @@ import (
 
 var (
 	long      = flag.Bool("long", false, "run the takeover's tests with everything in every combination")
-	sequences = flag.Int("sequences", 15, "how many random sequences of commands the targets are compared with")
+	sequences = flag.Int("sequences", 10, "how many random sequences of commands the targets are compared with")
 	length    = flag.Int("length", 100, "how many commands a sequence has")
+	atMost    = flag.Duration("atmost", 0, "begin no further sequence after this time; 0 is no bound")
 	firstSeed = flag.Uint64("seed", 1, "of the first sequence; the others count up")
 )
 
@@ -155,12 +156,11 @@ func (o order) malformed() bool {
 type exception struct {
 	name string
 	is   func(s side, o order, want, got pr.Answer) bool
-	used int
 }
 
 func refusal(a pr.Answer) bool { return !a.OK() && a.Sense.Key != scsi.UnitAttention }
 
-var exceptions = []*exception{
+var exceptions = []exception{
 	// SPC does not say which of two reasons to refuse a command is told.
 	{name: "two reasons to refuse", is: func(s side, o order, want, got pr.Answer) bool {
 		return (o.malformed() || o.out != nil && o.out.Action == pr.RegisterAndMove && o.out.MoveTo == s.ids[o.from]) &&
@@ -195,11 +195,18 @@ type bench struct {
 	compared   int
 	attention  int
 	tally      map[string]*[3]int // by command: GOOD, RESERVATION CONFLICT, CHECK CONDITION
+	excepted   map[int]int        // by exception
+	// spoiled is who has sent REGISTER AND MOVE without UNREG. LIO then keeps
+	// the reservation's type as the scope of the sender's registration, and if
+	// the reservation ever comes back to that by REGISTER AND MOVE, its holder
+	// can neither repeat RESERVE nor RELEASE it. So it is not moved back.
+	spoiled [3]bool
 }
 
 // begin puts both sides into the same state.
 func (b *bench) begin(t *testing.T) {
 	b.reset(t)
+	b.spoiled = [3]bool{}
 	b.Target = pr.NewTarget(pr.Targets[1])
 	b.generation = b.status(t).Generation
 }
@@ -207,6 +214,10 @@ func (b *bench) begin(t *testing.T) {
 // step sends one command to both and compares the answers, then what they
 // have become.
 func (b *bench) step(o order) error {
+	move := o.out != nil && o.out.Action == pr.RegisterAndMove
+	if move && b.spoiled[slices.Index(b.ids, o.out.MoveTo)] {
+		return nil
+	}
 	before := b.Clone()
 	data := make([]byte, o.in)
 	got, err := b.nexus[o.from].send(o.cdb, o.list, data)
@@ -215,6 +226,9 @@ func (b *bench) step(o order) error {
 	}
 	want, wantAnswer := b.Execute(b.ids[o.from], o.cdb, o.list)
 	b.compared++
+	for i := range b.spoiled {
+		b.spoiled[i] = (b.spoiled[i] || move && i == o.from && got.OK() && !o.out.Unregister) && b.Key(b.ids[i]) != 0
+	}
 	if b.tally[o.name] == nil {
 		b.tally[o.name] = new([3]int)
 	}
@@ -230,11 +244,11 @@ func (b *bench) step(o order) error {
 	}
 	if got != wantAnswer {
 		s := side{before, b.ids}
-		i := slices.IndexFunc(exceptions, func(e *exception) bool { return e.is(s, o, wantAnswer, got) })
+		i := slices.IndexFunc(exceptions, func(e exception) bool { return e.is(s, o, wantAnswer, got) })
 		if i < 0 {
 			return fmt.Errorf("%v: LIO answers %v; want %v", o, got, wantAnswer)
 		}
-		exceptions[i].used++
+		b.excepted[i]++
 	}
 	if o.cdb[0] == scsi.OpPersistentReserveIn && got.OK() {
 		if err := b.same(pr.InAction(o.cdb[1]), data, want); err != nil {
@@ -298,7 +312,9 @@ func (b *bench) same(a pr.InAction, got, want []byte) error {
 		g, err2 = pr.ParseFullStatus(want)
 		f.Generation -= b.generation
 		for _, r := range [][]pr.Registration{f.Registrations, g.Registrations} {
-			slices.SortFunc(r, func(a, b pr.Registration) int { return cmp.Compare(a.Nexus.TargetPort, b.Nexus.TargetPort) })
+			slices.SortFunc(r, func(a, b pr.Registration) int {
+				return cmp.Or(cmp.Compare(a.Nexus.TargetPort, b.Nexus.TargetPort), cmp.Compare(a.Nexus.Initiator, b.Nexus.Initiator))
+			})
 		}
 		x, y = f, g
 	}
@@ -342,16 +358,22 @@ func (b *bench) shrink(t *testing.T, orders []order) ([]order, error) {
 // as LIO does: status, sense data, unit attentions, READ KEYS, READ
 // RESERVATION, REPORT CAPABILITIES, READ FULL STATUS, PRgeneration.
 func TestReference(t *testing.T) {
-	b := &bench{unit: need(t, "ABCW"), tally: map[string]*[3]int{}}
-	for _, n := range b.nexus {
-		b.ids = append(b.ids, n.id)
-	}
-	compare(t, b, false)
+	compare(t, need(t, "ABCW"), false)
 }
 
-func compare(t *testing.T, b *bench, abort bool) {
+// compare runs the sequences on u, with PREEMPT AND ABORT in them or not.
+func compare(t *testing.T, u *unit, abort bool) {
+	b := &bench{unit: u, tally: map[string]*[3]int{}, excepted: map[int]int{}}
+	for _, n := range u.nexus {
+		b.ids = append(b.ids, n.id)
+	}
 	began, failures := time.Now(), 0
+	ran := 0
 	for n := range *sequences {
+		if *atMost != 0 && time.Since(began) > *atMost {
+			break
+		}
+		ran++
 		seed := *firstSeed + uint64(n)
 		r := rand.New(rand.NewPCG(seed, 0))
 		b.begin(t)
@@ -377,7 +399,7 @@ func compare(t *testing.T, b *bench, abort bool) {
 		}
 	}
 	t.Logf("%d sequences of %d commands: %d answers compared, %d unit attentions among them, %v",
-		*sequences, *length, b.compared, b.attention, time.Since(began).Round(time.Millisecond))
+		ran, *length, b.compared, b.attention, time.Since(began).Round(time.Millisecond))
 	for _, name := range slices.Sorted(maps.Keys(b.tally)) {
 		n := b.tally[name]
 		t.Logf("%6d good, %5d conflicts, %4d refused: %s", n[0], n[1], n[2], name)
@@ -385,7 +407,7 @@ func compare(t *testing.T, b *bench, abort bool) {
 			t.Errorf("no %s was GOOD: this comparison shows nothing about it", name)
 		}
 	}
-	for _, e := range exceptions {
-		t.Logf("%6d times: %s", e.used, e.name)
+	for i, e := range exceptions {
+		t.Logf("%6d times: %s", b.excepted[i], e.name)
 	}
 }

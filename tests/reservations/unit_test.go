@@ -33,15 +33,15 @@ type unit struct {
 // nexus is one initiator's way to a unit.
 type nexus struct {
 	pr.Port
+	lun    *sg.LUN
 	device lio.Device
 	id     pr.Nexus
 	name   string
 }
 
-// need makes a unit with a nexus for each letter of names.
-func need(t *testing.T, names string) *unit {
+// needLIO skips where there is no kernel's target to be had.
+func needLIO(t *testing.T) {
 	t.Helper()
-	name := "pr-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-", " ", "-").Replace(t.Name()))
 	err := errors.New("making SCSI devices needs root")
 	if os.Getuid() == 0 {
 		err = lio.Load()
@@ -52,6 +52,13 @@ func need(t *testing.T, names string) *unit {
 		}
 		t.Skip(err)
 	}
+}
+
+// need makes a unit with a nexus for each letter of names.
+func need(t *testing.T, names string) *unit {
+	t.Helper()
+	name := "pr-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-", " ", "-").Replace(t.Name()))
+	needLIO(t)
 	l, err := lio.Create(t.Context(), lio.Config{Name: name[:min(len(name), 40)], Size: 1 << 20, Nexuses: len(names)})
 	if err != nil {
 		t.Fatal(err)
@@ -63,11 +70,10 @@ func need(t *testing.T, names string) *unit {
 	})
 	u := &unit{LUN: l}
 	for i, n := range l.Nexuses {
-		x, err := openNexus(t, n.Device)
-		if err != nil {
+		x := &nexus{device: n.Device, name: names[i : i+1]}
+		if err := x.open(t); err != nil {
 			t.Fatal(err)
 		}
-		x.name = names[i : i+1]
 		address, err := strconv.ParseUint(strings.TrimPrefix(n.WWN, "naa."), 16, 64)
 		if err != nil {
 			t.Fatal(err)
@@ -83,19 +89,28 @@ func need(t *testing.T, names string) *unit {
 	return u
 }
 
-// openNexus opens a device as the product does.
-func openNexus(t testing.TB, d lio.Device) (*nexus, error) {
-	l, err := sg.Open(d.SG, sg.Options{VM: "reservations", RunDir: t.TempDir()})
+// open opens the nexus's device as the product does.
+func (x *nexus) open(t testing.TB) error {
+	l, err := sg.Open(x.device.SG, sg.Options{VM: "reservations", RunDir: t.TempDir()})
 	if err != nil {
-		return nil, err
+		return err
 	}
+	x.lun = l
 	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
+		if err := l.Close(); err != nil { // once closed, nothing
 			t.Error(err)
 		}
 	})
-	x := &nexus{device: d, Port: pr.Port{Sender: &pr.LUN{LUN: l}, Timeout: patience}}
-	return x, x.Drain(context.Background())
+	x.Port = pr.Port{Sender: &pr.LUN{LUN: l}, Timeout: patience}
+	return x.Drain(context.Background())
+}
+
+// close gives the device free, for another process.
+func (x *nexus) close(t testing.TB) {
+	t.Helper()
+	if err := x.lun.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // noLedger is for what needs no journal.
