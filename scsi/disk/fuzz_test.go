@@ -2,7 +2,6 @@ package disk
 
 import (
 	"bytes"
-	"os"
 	"path/filepath"
 	"testing"
 
@@ -40,6 +39,8 @@ func FuzzDisk(f *testing.F) {
 	}
 	f.Add(read10(8, 100, 10), []byte{}, uint16(5120), byte(3))
 
+	none := noReservations(f)
+	f.Cleanup(func() { none.Close() })
 	f.Fuzz(func(t *testing.T, cdb, out []byte, in uint16, attr byte) {
 		const guard = 0xa5
 		file := &memFile{data: pattern(1, 64<<10)}
@@ -47,8 +48,17 @@ func FuzzDisk(f *testing.F) {
 		if attr&0x40 != 0 {
 			o.BlockSize = 4096
 		}
-		l := newLUN("fuzz", file, uint64(len(file.data)), uuid{}, memReservations(t), o)
-		defer l.Close()
+		// Files take their time, so only who may change them gets new ones.
+		reservations := none
+		if commandReserves(cdb) != nil {
+			reservations = noReservations(t)
+			defer reservations.Close()
+		}
+		l := newLUN("fuzz", file, uint64(len(file.data)), uuid{}, reservations, o)
+		defer func() {
+			l.reservations = nil // not this LUN's to close
+			l.Close()
+		}()
 		l.takeAttention()
 
 		// Data-in is a piece of a larger array, whose other bytes show whether
@@ -109,22 +119,21 @@ func FuzzDisk(f *testing.F) {
 	})
 }
 
-// memReservations is reservations that nobody has, in memory if there is a
-// file system there: a fuzzer has no time for fsync.
-func memReservations(t *testing.T) *pr.File {
-	dir, err := os.MkdirTemp("/dev/shm", "disk-fuzz-")
-	if err != nil {
-		dir = t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	f, err := openReservations(filepath.Join(dir, "disk.img"), "fuzz")
+// noReservations is reservations that nobody has.
+func noReservations(t testing.TB) *pr.File {
+	f, err := openReservations(filepath.Join(fastDir(t), "disk.img"), "fuzz")
 	if err != nil {
 		t.Fatal(err)
 	}
 	return f
 }
 
+// commandReserves is a row of the table for cdb that has to do with
+// reservations, if there is one.
 func commandReserves(cdb []byte) *command {
+	if len(cdb) == 0 {
+		return nil
+	}
 	for i, row := range byOpcode[cdb[0]] {
 		if row.flags&reserves != 0 {
 			return &byOpcode[cdb[0]][i]
