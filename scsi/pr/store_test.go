@@ -67,6 +67,17 @@ func enter(t testing.TB, f *File, cdb []byte, want Answer) {
 	f.Exit(pass)
 }
 
+// fastImage is the name of an image in memory, if there is a file system there:
+// every change is synced three times.
+func fastImage(t testing.TB) string {
+	dir, err := os.MkdirTemp("/dev/shm", "pr-test-")
+	if err != nil {
+		dir = t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return filepath.Join(dir, "disk.img")
+}
+
 // byLocks takes the quick way from f, as on a network file system.
 func byLocks(f *File) {
 	f.ruling.Store(nil)
@@ -131,7 +142,7 @@ func TestFileShared(t *testing.T) {
 // The name of a nexus is taken as long as its holder lives, and its seat free
 // afterwards; another name shares the image.
 func TestFileNames(t *testing.T) {
-	image := filepath.Join(t.TempDir(), "disk.img")
+	image := fastImage(t)
 	a := open(t, image, "a")
 	open(t, image, "b")
 	_, err := Open(image, a.Nexus())
@@ -162,7 +173,7 @@ func TestFileNames(t *testing.T) {
 // whichever way it came in: not one that began before, and none that begins.
 // And a stream of commands starves no RESERVE.
 func TestFileShutsOut(t *testing.T) {
-	image := filepath.Join(t.TempDir(), "disk.img")
+	image := fastImage(t)
 	owner := open(t, image, "owner")
 	do(t, owner, Out{Action: Register, ServiceKey: keyA}, good)
 	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
@@ -231,7 +242,7 @@ func TestFileShutsOut(t *testing.T) {
 // Whoever is killed in the middle of a command holds up nobody, and a number
 // that was left odd is made even.
 func TestFileAfterDeath(t *testing.T) {
-	image := filepath.Join(t.TempDir(), "disk.img")
+	image := fastImage(t)
 	a := open(t, image, "a")
 	write := []byte{scsi.OpWrite10, 0, 0, 0, 0, 0, 0, 0, 1, 0}
 
