@@ -51,6 +51,7 @@ type Machine struct {
 	// first deed for a guest that was loaded.
 	wallClock []kvm.MSREntry
 	boot      func() (*vmmv1.BootState, error)
+	tracked   atomic.Bool // there is a DirtyLog
 
 	// What the vCPUs and the chips were when they were made: a reset returns
 	// to it.
