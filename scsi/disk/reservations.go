@@ -40,6 +40,7 @@ func openReservations(path, initiator string) (*pr.File, error) {
 		if _, none := os.Lstat(path + ".pr"); errors.Is(none, fs.ErrNotExist) {
 			return nil, nil
 		}
+		return nil, fmt.Errorf("%w; the image has reservations, so let this user write %s.pr and %s.pr.lock, and in their directory", err, path, path)
 	}
 	return nil, err
 }
