@@ -146,7 +146,7 @@ func TestForce(t *testing.T) {
 	}{{"nothing happened there", false, pr.Kept}, {"it was fenced meanwhile", true, pr.FencedMeanwhile}} {
 		d := reserved(pr.WriteExclusiveRegistrantsOnly)
 		r := newRig(t, 1<<20, d)
-		r.opts.Deadlines = shortly
+		r.opts.Deadlines = Deadlines{Ready: time.Minute, Ask: shortly.Ask, Running: shortly.Running}
 		r.recv.Deadlines = Deadlines{Ready: time.Minute, Ask: shortly.Ask} // it waits for COMMIT as the dead do
 		p := &proxy{cutAt: -1, drop: true, dead: true}
 		p.onSend = func(k kind) {
@@ -203,7 +203,7 @@ func TestForce(t *testing.T) {
 // keeps it stopped.
 func TestBlocked(t *testing.T) {
 	r := newRig(t, 1<<20)
-	r.opts.Deadlines = shortly
+	r.opts.Deadlines = Deadlines{Ask: shortly.Ask, Running: shortly.Running}
 	r.host.runErr = errors.New("KVM_RUN: no")
 	ctx, cancel := context.WithCancel(context.Background())
 	var reason string

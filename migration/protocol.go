@@ -54,7 +54,7 @@ func kindOf(m *vmmv1.StreamMessage) kind {
 type state uint8
 
 const (
-	noState state = iota
+	_ state = iota
 
 	// The source.
 	offering // Hello is to be sent

@@ -203,7 +203,7 @@ func (o *Outgoing) open(ctx context.Context, p preamble) (net.Conn, error) {
 		return nil, err
 	}
 	p.id = o.id
-	if err := conn.SetWriteDeadline(time.Now().Add(o.opts.Deadlines.Connect)); err == nil {
+	if err = conn.SetWriteDeadline(time.Now().Add(o.opts.Deadlines.Connect)); err == nil {
 		_, err = conn.Write(p.bytes())
 	}
 	if err != nil {
