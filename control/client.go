@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -22,6 +23,7 @@ type Client struct {
 	vmmv1connect.MachineServiceClient
 	name      string
 	dir       RunDir
+	pid       int
 	transport *http.Transport
 }
 
@@ -38,7 +40,9 @@ func (d RunDir) Dial(name string) (*Client, error) {
 	if pid == 0 {
 		return nil, notRunning(name)
 	}
-	return d.client(name), nil
+	c := d.client(name)
+	c.pid = pid
+	return c, nil
 }
 
 func notRunning(name string) error {
@@ -66,6 +70,9 @@ func (d RunDir) client(name string) *Client {
 // LUNs that a machine can have come to less.
 const maxAnswer = 64 << 20
 
+// Name is the machine's name.
+func (c *Client) Name() string { return c.name }
+
 // Close drops the connection.
 func (c *Client) Close() { c.transport.CloseIdleConnections() }
 
@@ -89,3 +96,40 @@ func (c *Client) Explain(err error) error {
 	}
 	return fmt.Errorf("guest %s: %w", c.name, err)
 }
+
+// Process is the process of a machine, whose end can be waited for.
+type Process struct{ pidfd int }
+
+// WhenEnded begins to watch the machine's process. The end of that is the end
+// of everything that the machine held.
+func (c *Client) WhenEnded() (*Process, error) {
+	fd, err := unix.PidfdOpen(c.pid, 0)
+	switch {
+	case err == unix.ESRCH:
+		return nil, notRunning(c.name)
+	case err != nil:
+		return nil, fmt.Errorf("guest %s: pidfd_open of pid %d: %w", c.name, c.pid, err)
+	}
+	// Had the process ended before, its number might be another's by now.
+	if pid, err := c.dir.find(c.name); err != nil || pid != c.pid {
+		unix.Close(fd)
+		return nil, errors.Join(notRunning(c.name), err)
+	}
+	return &Process{fd}, nil
+}
+
+// Wait waits for the end of the process, limit at most, and says whether it
+// has come.
+func (p *Process) Wait(limit time.Duration) bool {
+	end := time.Now().Add(limit)
+	for {
+		fds := []unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, int(max(time.Until(end), 0)/time.Millisecond))
+		if err != unix.EINTR {
+			return n == 1
+		}
+	}
+}
+
+// Close ends the watch.
+func (p *Process) Close() { unix.Close(p.pidfd) }

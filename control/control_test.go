@@ -11,73 +11,19 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/go-cmp/cmp"
 
+	"vmm/control/controltest"
 	"vmm/machine"
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/proto/vmm/v1/vmmv1connect"
 	"vmm/scsi"
 	"vmm/scsi/pr"
 )
-
-// fake is a machine without a guest.
-type fake struct {
-	mu     sync.Mutex
-	state  machine.State
-	events chan machine.Event
-	ended  chan struct{}
-	button func() // what the guest does about the power button
-	ask    func(id string) (machine.Reservation, error)
-}
-
-func newFake() *fake {
-	return &fake{state: machine.StateRunning, ended: make(chan struct{}), events: make(chan machine.Event, 8), button: func() {}}
-}
-
-func (f *fake) Info() machine.Info {
-	return machine.Info{
-		Name: "web1", State: f.State(), CPUs: 2, Memory: 1 << 30, CPU: machine.CPUHost, Started: time.Now().Add(-time.Minute),
-		LUNs: []machine.LUNInfo{
-			{LUNConfig: machine.LUNConfig{ID: "data", Path: "/dev/sg2", Target: 1}, Passthrough: true, Identity: "naa.6001405"},
-			{LUNConfig: machine.LUNConfig{ID: "root", Path: "root.img", ReadOnly: true}, Identity: "uuid.1"},
-		},
-	}
-}
-
-func (f *fake) State() machine.State {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.state
-}
-
-func (f *fake) enter(s machine.State) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.state == machine.StateEnded {
-		return machine.ErrEnded
-	}
-	f.state = s
-	if s == machine.StateEnded {
-		close(f.ended)
-		close(f.events)
-	}
-	return nil
-}
-
-func (f *fake) Pause(context.Context) error            { return f.enter(machine.StatePaused) }
-func (f *fake) Resume() error                          { return f.enter(machine.StateRunning) }
-func (f *fake) Stop() error                            { return f.enter(machine.StateEnded) }
-func (f *fake) PowerButton()                           { f.button() }
-func (f *fake) Ended() <-chan struct{}                 { return f.ended }
-func (f *fake) Events() (<-chan machine.Event, func()) { return f.events, func() {} }
-func (f *fake) Reservation(_ context.Context, id string) (machine.Reservation, error) {
-	return f.ask(id)
-}
 
 // runDir is short enough for sockets, which t.TempDir may not be.
 func runDir(t *testing.T) RunDir {
@@ -122,7 +68,7 @@ func serve(t *testing.T, m Machine) (RunDir, *Client) {
 func request[T any](m *T) *connect.Request[T] { return connect.NewRequest(m) }
 
 func TestStatusPauseResume(t *testing.T) {
-	_, c := serve(t, newFake())
+	_, c := serve(t, controltest.New("web1"))
 	status := func() *vmmv1.StatusResponse {
 		t.Helper()
 		r, err := c.Status(t.Context(), request(&vmmv1.StatusRequest{}))
@@ -162,19 +108,19 @@ func TestStop(t *testing.T) {
 	short := uint32(1)
 	for _, test := range []struct {
 		name   string
-		setup  func(*fake)
+		setup  func(*controltest.Machine)
 		ask    *vmmv1.StopRequest
 		forced bool
 		fails  connect.Code
 	}{
-		{"a guest that listens", func(f *fake) { f.button = func() { f.Stop() } }, &vmmv1.StopRequest{}, false, 0},
-		{"a guest that does not", func(*fake) {}, &vmmv1.StopRequest{TimeoutMs: &short}, true, 0},
-		{"force", func(f *fake) { f.button = func() { panic("the power button was pressed") } }, &vmmv1.StopRequest{Force: true}, true, 0},
-		{"a paused guest by force", func(f *fake) { f.Pause(nil) }, &vmmv1.StopRequest{Force: true}, true, 0},
-		{"a guest that has ended", func(f *fake) { f.Stop() }, &vmmv1.StopRequest{}, false, connect.CodeFailedPrecondition},
-		{"a guest that has ended, by force", func(f *fake) { f.Stop() }, &vmmv1.StopRequest{Force: true}, false, connect.CodeFailedPrecondition},
+		{"a guest that listens", func(f *controltest.Machine) { f.Button = func() { f.Stop() } }, &vmmv1.StopRequest{}, false, 0},
+		{"a guest that does not", func(*controltest.Machine) {}, &vmmv1.StopRequest{TimeoutMs: &short}, true, 0},
+		{"force", func(f *controltest.Machine) { f.Button = func() { panic("the power button was pressed") } }, &vmmv1.StopRequest{Force: true}, true, 0},
+		{"a paused guest by force", func(f *controltest.Machine) { f.Pause(context.Background()) }, &vmmv1.StopRequest{Force: true}, true, 0},
+		{"a guest that has ended", func(f *controltest.Machine) { f.Stop() }, &vmmv1.StopRequest{}, false, connect.CodeFailedPrecondition},
+		{"a guest that has ended, by force", func(f *controltest.Machine) { f.Stop() }, &vmmv1.StopRequest{Force: true}, false, connect.CodeFailedPrecondition},
 	} {
-		f := newFake()
+		f := controltest.New("web1")
 		test.setup(f)
 		_, c := serve(t, f)
 		r, err := c.Stop(t.Context(), request(test.ask))
@@ -193,9 +139,9 @@ func TestStop(t *testing.T) {
 
 // A client that leaves takes its force with it.
 func TestStopEndsWithItsClient(t *testing.T) {
-	f := newFake()
+	f := controltest.New("web1")
 	pressed := make(chan struct{})
-	f.button = func() { close(pressed) }
+	f.Button = func() { close(pressed) }
 	ctx, cancel := context.WithCancel(t.Context())
 	s := &service{machine: f}
 	done := make(chan error)
@@ -214,22 +160,12 @@ func TestStopEndsWithItsClient(t *testing.T) {
 }
 
 func TestLuns(t *testing.T) {
-	f := newFake()
-	f.ask = func(id string) (machine.Reservation, error) {
+	f := controltest.New("web1")
+	f.Ask = func(id string) (machine.Reservation, error) {
 		if id == "root" {
 			return machine.Reservation{}, &pr.NotGood{Action: pr.ReadKeys, Answer: pr.Answer{Status: scsi.CheckCondition, Sense: scsi.InvalidOpcode}}
 		}
-		return machine.Reservation{
-			View: pr.View{
-				Generation: 7, FullStatus: true, Supported: true, Capabilities: pr.Capabilities{PersistActive: true},
-				Held: pr.Reservation{Type: pr.WriteExclusiveRegistrantsOnly, Key: 0xaa},
-				Registrations: []pr.Registration{
-					{Key: 0xbb, Nexus: pr.Nexus{Initiator: pr.SAS(1), TargetPort: 1}},
-					{Key: 0xaa, Holder: true, Type: pr.WriteExclusiveRegistrantsOnly, Nexus: pr.Nexus{Initiator: pr.SAS(2), TargetPort: 2}},
-				},
-			},
-			Own: 1, Guest: pr.Tracked{Key: 0xaa, Type: pr.WriteExclusiveRegistrantsOnly},
-		}, nil
+		return controltest.SomeReservation(), nil
 	}
 	_, c := serve(t, f)
 	r, err := c.Luns(t.Context(), request(&vmmv1.LunsRequest{}))
@@ -248,8 +184,8 @@ func TestLuns(t *testing.T) {
 	if _, err := c.Luns(t.Context(), request(&vmmv1.LunsRequest{Id: "swap"})); connect.CodeOf(err) != connect.CodeNotFound {
 		t.Errorf("Luns(swap) = %v; want not found", err)
 	}
-	f.ask = func(string) (machine.Reservation, error) { return machine.Reservation{}, errors.New("it burns") }
-	if r, err = c.Luns(t.Context(), request(&vmmv1.LunsRequest{})); err != nil || r.Msg.Luns[0].Error != "it burns" || r.Msg.Luns[0].Reservations != nil {
+	f.Ask = func(string) (machine.Reservation, error) { return machine.Reservation{}, controltest.ErrBroken }
+	if r, err = c.Luns(t.Context(), request(&vmmv1.LunsRequest{})); err != nil || r.Msg.Luns[0].Error != controltest.ErrBroken.Error() || r.Msg.Luns[0].Reservations != nil {
 		t.Errorf("Luns() of a broken disk = %v, %v", r, err)
 	}
 }
@@ -290,7 +226,7 @@ func overSocket(dir RunDir, http2 bool) *http.Client {
 }
 
 func TestPlainJSON(t *testing.T) {
-	f := newFake()
+	f := controltest.New("web1")
 	dir, _ := serve(t, f)
 	h := overSocket(dir, false)
 	defer h.CloseIdleConnections()
@@ -329,9 +265,9 @@ func TestPlainJSON(t *testing.T) {
 }
 
 func TestEvents(t *testing.T) {
-	f := newFake()
+	f := controltest.New("web1")
 	dir, c := serve(t, f)
-	f.events <- machine.Event{Kind: machine.EventState, State: machine.StatePaused, Time: time.Unix(0, 0)}
+	f.Feed <- machine.Event{Kind: machine.EventState, State: machine.StatePaused, Time: time.Unix(0, 0)}
 	stream, err := c.Events(t.Context(), request(&vmmv1.EventsRequest{}))
 	if err != nil {
 		t.Fatal(err)
@@ -348,7 +284,7 @@ func TestEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Body.Close()
-	f.events <- machine.Event{Kind: machine.EventMissed, Missed: 3, Time: time.Unix(0, 0).UTC()}
+	f.Feed <- machine.Event{Kind: machine.EventMissed, Missed: 3, Time: time.Unix(0, 0).UTC()}
 	lines := bufio.NewScanner(r.Body)
 	if want := `{"time":"1970-01-01T00:00:00.000Z","kind":"missed","state":"","text":"","missed":3}`; !lines.Scan() || lines.Text() != want {
 		t.Errorf("line %s; want %s", lines.Text(), want)
@@ -360,7 +296,7 @@ func TestEvents(t *testing.T) {
 }
 
 func TestGRPC(t *testing.T) {
-	dir, _ := serve(t, newFake())
+	dir, _ := serve(t, controltest.New("web1"))
 	h := overSocket(dir, true)
 	defer h.CloseIdleConnections()
 	c := vmmv1connect.NewMachineServiceClient(h, "http://vmm", connect.WithGRPC())
@@ -373,7 +309,7 @@ func TestGRPC(t *testing.T) {
 // Clients that send nothing, or take nothing, keep nobody else from being
 // served, and there is an end to how many there can be.
 func TestHostileClientsDoNotWedge(t *testing.T) {
-	dir, c := serve(t, newFake())
+	dir, c := serve(t, controltest.New("web1"))
 	var conns []net.Conn
 	defer func() {
 		for _, conn := range conns {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"vmm/scsi/sg"
@@ -66,7 +67,11 @@ func (m *Machine) Info() Info {
 	}
 	for at, l := range m.luns {
 		_, passthrough := l.backend.(*sg.LUN)
-		i.LUNs = append(i.LUNs, LUNInfo{m.cfg.LUNs[at], passthrough, l.identity.String()})
+		c := m.cfg.LUNs[at]
+		if abs, err := filepath.Abs(c.Path); err == nil {
+			c.Path = abs // who asks is in another directory
+		}
+		i.LUNs = append(i.LUNs, LUNInfo{c, passthrough, l.identity.String()})
 	}
 	return i
 }

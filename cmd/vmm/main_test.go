@@ -5,10 +5,13 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"vmm/control"
 )
 
 func TestMain(m *testing.M) {
@@ -16,15 +19,39 @@ func TestMain(m *testing.M) {
 		"vmm": func() {
 			os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 		},
+		"fakeguest": fakeGuest,
 	})
 }
 
 func TestScripts(t *testing.T) {
+	testdata, err := filepath.Abs("testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
-		Dir:  "testdata/script",
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status},
+		Dir: "testdata/script",
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"status": status, "killguest": killGuest, "cmpjson": cmpJSON, "register": register,
+		},
 		Setup: func(e *testscript.Env) error {
-			e.Setenv("XDG_RUNTIME_DIR", e.WorkDir)
+			// A unix socket's path is short, a script's directory may not be.
+			run, err := os.MkdirTemp("", "vmm")
+			if err != nil {
+				return err
+			}
+			e.Setenv("VMM_RUN_DIR", run)
+			e.Setenv("VMM_STATE_DIR", filepath.Join(e.WorkDir, "state"))
+			e.Setenv("TESTDATA", testdata)
+			e.Setenv("GORACE", "atexit_sleep_ms=0") // else each command of a script sleeps a second at its end
+			e.Defer(func() {
+				guests, err := control.RunDir(run).List()
+				for _, g := range guests {
+					err = errors.Join(err, kill(g.Pid))
+				}
+				if err = errors.Join(err, os.RemoveAll(run)); err != nil {
+					t.Error(err)
+				}
+			})
 			return nil
 		},
 	})

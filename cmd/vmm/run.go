@@ -6,13 +6,12 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"vmm/control"
 	"vmm/machine"
 )
 
@@ -39,8 +38,9 @@ instruction KVM cannot run), 2 for a mistake in the command line.
 On a terminal, Ctrl-] q quits at once and Ctrl-] Ctrl-] types one Ctrl-].
 SIGTERM, and SIGINT without a terminal, presses the guest's power button and
 ends the guest by force after --stop-timeout; a second one does so at once.
+While it runs, vmm ls, status, pause, resume, stop and pr reach it by its name.
 
-A LUN is [id=NAME,]path=PATH[,target=N][,timeout=30s][,readonly][,allow=unsafe].
+A LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe].
 PATH decides what it is: a /dev/sgN or a SCSI block device is passed through, a
 regular file is a software disk. The n-th --lun is target n-1, LUN 0, unless
 target= says otherwise.`,
@@ -64,19 +64,8 @@ target= says otherwise.`,
 	fs.StringArrayVar(&f.luns, "lun", nil, "a SCSI LUN (repeatable); see above")
 	fs.StringVar(&f.serial, "serial", "", "unix socket, made here, that is the guest's second serial port (ttyS1)")
 	fs.BoolVar(&f.noReboot, "no-reboot", false, "end with status 0 where the guest asks for a reset")
-	fs.DurationVar(&f.stopTimeout, "stop-timeout", 30*time.Second, "time between the power button and force")
+	fs.DurationVar(&f.stopTimeout, "stop-timeout", control.DefaultStopTimeout, "time between the power button and force")
 	return c
-}
-
-// validName keeps names fit for a file name and a command line.
-func validName(name string) error {
-	ok := name != "" && len(name) <= 64 && !strings.ContainsFunc(name, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
-	}) && name[0] != '.' && name[0] != '-'
-	if !ok {
-		return usageError{fmt.Errorf("guest name %q: give 1 to 64 letters, digits, '-', '_' or '.', not starting with '-' or '.'", name)}
-	}
-	return nil
 }
 
 func (f *runFlags) config(name string) (machine.Config, error) {
@@ -114,17 +103,29 @@ func (f *runFlags) config(name string) (machine.Config, error) {
 		}
 		cfg.LUNs = append(cfg.LUNs, l)
 	}
-	if cfg.RunDir, err = runDir(); err != nil {
-		return machine.Config{}, err
-	}
 	return cfg, nil
 }
+
+// answerTime is the time that the last answers on the control socket have.
+const answerTime = 5 * time.Second
 
 func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 	cfg, err := f.config(name)
 	if err != nil {
 		return err
 	}
+	dir, err := control.DefaultRunDir()
+	if err != nil {
+		return err
+	}
+	cfg.RunDir = string(dir)
+	// The name comes first: nothing else is touched on behalf of a second
+	// guest of one name. It is given up last, when the LUNs are free.
+	claim, err := dir.Claim(name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, claim.Close()) }()
 	stderr := c.ErrOrStderr()
 	cfg.Console = c.OutOrStdout()
 	newline := "\n"
@@ -144,6 +145,19 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
+
+	server := control.NewServer(claim, m, version)
+	go func() {
+		if err := server.Serve(); err != nil {
+			cfg.Warn(fmt.Sprintf("control socket: %v", err))
+		}
+	}()
+	defer func() {
+		// Whoever asked for the end learns that it has come.
+		ctx, cancel := context.WithTimeout(context.Background(), answerTime)
+		defer cancel()
+		_ = server.Close(ctx) // a client that does not take its answer is left behind
+	}()
 
 	ctx, force := context.WithCancel(c.Context())
 	defer force()
@@ -186,20 +200,4 @@ func stopOnSignal(signals <-chan os.Signal, ended <-chan struct{}, timeout time.
 		return
 	}
 	force()
-}
-
-// runDir is where locks and sockets of running VMs live. It is made if it is
-// not there.
-func runDir() (string, error) {
-	base := os.Getenv("XDG_RUNTIME_DIR")
-	if os.Geteuid() == 0 {
-		base = "/run"
-	} else if base == "" {
-		return "", errors.New("XDG_RUNTIME_DIR is not set: log in as this user, or set it to a directory that only this user can write to")
-	}
-	dir := filepath.Join(base, "vmm")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", fmt.Errorf("directory for locks and sockets: %w", err)
-	}
-	return dir, nil
 }

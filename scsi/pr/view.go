@@ -112,28 +112,56 @@ func (v *View) With(self Nexus, k Key) int {
 	return at
 }
 
+// View is everything there is to read about the target.
+func (t *Target) View() View {
+	s := t.Status()
+	return View{
+		Generation: s.Generation, Registrations: s.Registrations, FullStatus: true,
+		Held: t.Reservation(), Capabilities: t.Capabilities(), Supported: true,
+	}
+}
+
+// Registered says whether this nexus is registered, with REGISTER 0 to 0: it
+// does nothing, and a registered nexus gets RESERVATION CONFLICT for it (SPC-5
+// 5.14.7.2).
+func (p *Port) Registered(ctx context.Context, v View) (bool, error) {
+	result, err := p.reregister(ctx, v, 0)
+	if result == Conflicted {
+		return true, nil
+	}
+	return false, err
+}
+
+// reregister makes key k of this nexus key k: GOOD for its own key alone, or
+// for 0 if it has none.
+func (p *Port) reregister(ctx context.Context, v View, k Key) (Result, error) {
+	return p.out(ctx, nil, Cmd{Write: true, Out: Register, Key: k, ServiceKey: k, APTPL: v.Capabilities.PersistActive})
+}
+
+// Unregister removes key k of this nexus. Done is false if it is not this
+// nexus's key.
+func (p *Port) Unregister(ctx context.Context, v View, k Key) (done bool, err error) {
+	result, err := p.out(ctx, nil, Cmd{Write: true, Out: Register, Key: k, APTPL: v.Capabilities.PersistActive})
+	if result == Conflicted {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // maxGuesses bounds the keys that OwnKey tries.
 const maxGuesses = 128
 
 // OwnKey finds the key that this nexus is registered with, 0 if it is not,
 // among the registrations of v, without changing anything for anybody: REGISTER
-// 0 to 0 does nothing, and a registered nexus gets RESERVATION CONFLICT for
-// it; REGISTER k to k, GOOD for none but the nexus's own key, leaves the key
-// as it was (SPC-5 5.14.7.2). Only the second counts PRgeneration up.
+// k to k, GOOD for none but the nexus's own key, leaves the key as it was and
+// counts PRgeneration up. It is sent only if the nexus is Registered.
 //
 // Nobody else may send through this nexus meanwhile.
 func (p *Port) OwnKey(ctx context.Context, v View) (Key, error) {
 	if len(v.Registrations) == 0 {
 		return 0, nil
 	}
-	try := func(k Key) (Result, error) {
-		return p.out(ctx, nil, Cmd{Write: true, Out: Register, Key: k, ServiceKey: k, APTPL: v.Capabilities.PersistActive})
-	}
-	result, err := try(0)
-	switch result {
-	case Done:
-		return 0, nil
-	case Failed:
+	if registered, err := p.Registered(ctx, v); err != nil || !registered {
 		return 0, err
 	}
 	var tried []Key
@@ -145,7 +173,7 @@ func (p *Port) OwnKey(ctx context.Context, v View) (Key, error) {
 			return 0, fmt.Errorf("this host's nexus is registered, with none of the first %d keys", maxGuesses)
 		}
 		tried = append(tried, r.Key)
-		switch result, err = try(r.Key); result {
+		switch result, err := p.reregister(ctx, v, r.Key); result {
 		case Done:
 			return r.Key, nil
 		case Failed:

@@ -114,6 +114,31 @@ func TestOwnKey(t *testing.T) {
 	}
 }
 
+// Unregister takes this nexus's key and no other's.
+func TestUnregister(t *testing.T) {
+	for _, q := range Targets {
+		tg := NewTarget(q)
+		tg.Do(nexA, &Out{Action: Register, ServiceKey: keyA})
+		tg.Do(nexB, &Out{Action: Register, ServiceKey: keyB})
+		p := &Port{Sender: &site{target: tg, nexus: nexA}}
+		for _, step := range []struct {
+			key  Key
+			done bool
+			left Key // of nexus A
+		}{{keyB, false, keyA}, {keyA, true, 0}, {keyA, false, 0}} {
+			v := tg.View()
+			done, err := p.Unregister(t.Context(), v, step.key)
+			if done != step.done || err != nil || tg.Key(nexA) != step.left || tg.Key(nexB) != keyB {
+				t.Errorf("%s: Unregister(%v) = %v, %v; A has %v, B %v", q.Name, step.key, done, err, tg.Key(nexA), tg.Key(nexB))
+			}
+			registered, err := p.Registered(t.Context(), tg.View())
+			if registered != (step.left != 0) || err != nil {
+				t.Errorf("%s: Registered() = %v, %v with key %v", q.Name, registered, err, step.left)
+			}
+		}
+	}
+}
+
 func TestViewOfDiskWithoutReservations(t *testing.T) {
 	x := &site{target: NewTarget(Quirks{}), nexus: nexA, hook: func([]byte) *Answer { a := check(scsi.InvalidOpcode); return &a }}
 	_, err := (&Port{Sender: x}).View(t.Context())

@@ -1,0 +1,278 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"vmm/control"
+	"vmm/control/controltest"
+	"vmm/kvm/kvmtest"
+	vmmv1 "vmm/proto/vmm/v1"
+	"vmm/scsi/pr"
+)
+
+// fakeGuest is the program "fakeguest NAME [deaf]": it leaves a process behind
+// that is a guest for everybody who controls it, and ends when that can be
+// reached. A deaf one does not mind its power button.
+func fakeGuest() {
+	const child = "VMM_TEST_FAKE_GUEST"
+	fail := func(err error) {
+		fmt.Fprintln(os.Stderr, "fakeguest:", err)
+		os.Exit(1)
+	}
+	if os.Getenv(child) == "" {
+		c := &exec.Cmd{Path: "/proc/self/exe", Args: os.Args, Env: append(os.Environ(), child+"=1"), Stderr: os.Stderr}
+		out, err := c.StdoutPipe()
+		if err == nil {
+			err = c.Start()
+		}
+		if err != nil {
+			fail(err)
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+			fail(fmt.Errorf("it says %q: %v", line, err))
+		}
+		os.Exit(0)
+	}
+	dir, err := control.DefaultRunDir()
+	if err != nil {
+		fail(err)
+	}
+	claim, err := dir.Claim(os.Args[1])
+	if err != nil {
+		fail(err)
+	}
+	m := controltest.New(os.Args[1])
+	if !slices.Contains(os.Args, "deaf") {
+		m.Button = func() { m.Stop() }
+	}
+	s := control.NewServer(claim, m, version)
+	go s.Serve()
+	fmt.Println("ready")
+	os.Stdout.Close()
+	os.Stderr.Close() // the script waits for its end
+	<-m.Ended()
+	s.Close(context.Background())
+	claim.Close()
+	os.Exit(0)
+}
+
+// kill kills a process and waits for its end.
+func kill(pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == unix.ESRCH {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
+		return err
+	}
+	for {
+		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// killGuest is "killguest NAME...": kill -9, and nothing cleans up.
+func killGuest(ts *testscript.TestScript, _ bool, names []string) {
+	for _, name := range names {
+		b, err := os.ReadFile(filepath.Join(ts.Getenv("VMM_RUN_DIR"), name+".pid"))
+		ts.Check(err)
+		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		ts.Check(err)
+		ts.Check(kill(pid))
+	}
+}
+
+// register is "register IMAGE NEXUS KEY [TYPE]": the nexus of that name
+// registers, and reserves if there is a type.
+func register(ts *testscript.TestScript, _ bool, args []string) {
+	nexus, err := pr.NamedNexus(args[1])
+	ts.Check(err)
+	f, err := pr.Open(ts.MkAbs(args[0]), nexus)
+	ts.Check(err)
+	defer f.Close()
+	key, err := strconv.ParseUint(args[2], 0, 64)
+	ts.Check(err)
+	do := func(o pr.Out) {
+		cdb, list := o.Encode()
+		if _, a, err := f.Execute(cdb, list); err != nil || !a.OK() {
+			ts.Fatalf("%v: %v, %v", o.Action, a, err)
+		}
+	}
+	do(pr.Out{Action: pr.RegisterAndIgnoreExistingKey, ServiceKey: pr.Key(key)})
+	if len(args) > 3 {
+		typ, err := strconv.Atoi(args[3])
+		ts.Check(err)
+		do(pr.Out{Action: pr.Reserve, Key: pr.Key(key), Type: pr.Type(typ)})
+	}
+}
+
+// What differs from run to run, in JSON that is compared.
+var varying = regexp.MustCompile(`"(pid|uptime_seconds|started|version)": ("[^"]*"|[0-9.e+]+)`)
+
+// cmpJSON is "cmpjson FILE": standard output is the JSON in testdata/FILE, but
+// for what varies. VMM_UPDATE=1 in the environment of go test writes it.
+func cmpJSON(ts *testscript.TestScript, _ bool, args []string) {
+	got := varying.ReplaceAllString(ts.ReadFile("stdout"), `"$1": "VARIES"`)
+	path := filepath.Join(ts.Getenv("TESTDATA"), args[0])
+	if os.Getenv("VMM_UPDATE") == "1" {
+		ts.Check(os.WriteFile(path, []byte(got), 0o644))
+	}
+	want, err := os.ReadFile(path)
+	ts.Check(err)
+	if got != string(want) {
+		ts.Fatalf("%s has:\n%s\nstandard output:\n%s", path, want, got)
+	}
+}
+
+// screen gathers what a guest prints.
+type screen struct {
+	mu   sync.Mutex
+	buf  bytes.Buffer
+	more sync.Cond
+}
+
+func (s *screen) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.more.Broadcast()
+	return s.buf.Write(p)
+}
+
+func (s *screen) waitFor(text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !strings.Contains(s.buf.String(), text) {
+		s.more.Wait()
+	}
+}
+
+// tinyKernel is an ELF kernel with a PVH note that prints an exclamation mark
+// and then turns round and round.
+func tinyKernel(t *testing.T) string {
+	t.Helper()
+	code := []byte{0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, 0xeb, 0xfe} // mov dx, COM1; mov al, '!'; out dx, al; jmp .
+	const noteAt, codeAt, entry = 176, 208, 0x100000
+	file := make([]byte, codeAt, codeAt+len(code))
+	le := binary.LittleEndian
+	copy(file, "\x7fELF\x02\x01\x01")
+	le.PutUint16(file[16:], 2)     // executable
+	le.PutUint16(file[18:], 62)    // x86-64
+	le.PutUint32(file[20:], 1)     // version
+	le.PutUint64(file[24:], entry) // entry
+	le.PutUint64(file[32:], 64)    // program headers
+	le.PutUint16(file[52:], 64)
+	le.PutUint16(file[54:], 56)
+	le.PutUint16(file[56:], 2)
+	for i, h := range [2][4]uint64{{1, codeAt, entry, uint64(len(code))}, {4, noteAt, 0, 20}} { // type, offset, address, size
+		p := file[64+56*i:]
+		le.PutUint32(p, uint32(h[0]))
+		le.PutUint32(p[4:], 5)
+		le.PutUint64(p[8:], h[1])
+		le.PutUint64(p[16:], h[2])
+		le.PutUint64(p[24:], h[2])
+		le.PutUint64(p[32:], h[3])
+		le.PutUint64(p[40:], h[3])
+		le.PutUint64(p[48:], 4)
+	}
+	le.PutUint32(file[noteAt:], 4)
+	le.PutUint32(file[noteAt+4:], 4)
+	le.PutUint32(file[noteAt+8:], 18) // XEN_ELFNOTE_PHYS32_ENTRY
+	copy(file[noteAt+12:], "Xen")
+	le.PutUint32(file[noteAt+16:], entry)
+	path := filepath.Join(t.TempDir(), "kernel")
+	if err := os.WriteFile(path, append(file, code...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// A guest of a few instructions, from one command to the next.
+func TestCommandsOnARealGuest(t *testing.T) {
+	kvmtest.NeedKVM(t)
+	dir, err := os.MkdirTemp("", "vmm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Setenv("VMM_RUN_DIR", dir)
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"run", "web1", "--kernel", tinyKernel(t), "--memory", "16M", "--lun", "id=root,path=" + image}
+	var out screen
+	out.more.L = &out.mu
+	var errs bytes.Buffer
+	ended := make(chan int, 1)
+	go func() { ended <- run(t.Context(), args, strings.NewReader(""), &out, &errs) }()
+	out.waitFor("!")
+	vmm := func(want int, args ...string) string {
+		t.Helper()
+		var out, errs bytes.Buffer
+		if got := run(t.Context(), args, strings.NewReader(""), &out, &errs); got != want {
+			t.Errorf("vmm %v: status %d; want %d\n%s%s", args, got, want, &out, &errs)
+		}
+		return out.String() + errs.String()
+	}
+	for _, test := range []struct {
+		status int
+		args   []string
+		want   string
+	}{
+		{0, []string{"status", "web1"}, "running"},
+		{1, args, fmt.Sprintf("guest web1 runs already (pid %d)", os.Getpid())},
+		{0, []string{"pause", "web1"}, "web1 is paused"},
+		{0, []string{"pause", "web1"}, "web1 is paused"},
+		{0, []string{"ls"}, "paused"},
+		{1, []string{"stop", "web1"}, "paused and would not see the power button"},
+		{0, []string{"resume", "web1"}, "web1 is running"},
+		{0, []string{"pr", "show", "web1"}, "LUN root of guest web1"},
+		{0, []string{"pr", "show", image}, "LUN root of guest web1"},
+		{1, []string{"pr", "unregister", image, "--key", "1", "-y"}, "guest web1 has it"},
+	} {
+		if got := vmm(test.status, test.args...); !strings.Contains(got, test.want) {
+			t.Errorf("vmm %v: %s; want %q", test.args, got, test.want)
+		}
+	}
+	// Here the guest is in this very process, whose end stop would wait for.
+	client, err := control.RunDir(dir).Dial("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if err := stopByForce(t.Context(), client); err != nil {
+		t.Error(err)
+	}
+	if status := <-ended; status != 0 || errs.Len() > 0 {
+		t.Errorf("vmm run: status %d, %s; want 0 after vmm stop", status, &errs)
+	}
+	if left, _ := filepath.Glob(dir + "/web1.*"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func stopByForce(ctx context.Context, c *control.Client) error {
+	_, err := ask(ctx, c, askTime, c.Stop, &vmmv1.StopRequest{Force: true})
+	return err
+}

@@ -1,0 +1,111 @@
+// Package controltest has a machine without a guest, for tests of those who
+// control one.
+package controltest
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"vmm/machine"
+	"vmm/scsi/pr"
+)
+
+// Machine implements control.Machine. It runs from the beginning. Its fields
+// are the test's to set before anybody asks.
+type Machine struct {
+	Name string
+	// Button is what the guest does about the power button; nil: nothing.
+	Button func()
+	// Ask answers for the disks; nil: SomeReservation for all.
+	Ask func(id string) (machine.Reservation, error)
+	// Feed is what Events gives out.
+	Feed chan machine.Event
+
+	mu    sync.Mutex
+	state machine.State
+	ended chan struct{}
+}
+
+// New makes a machine called name.
+func New(name string) *Machine {
+	return &Machine{Name: name, state: machine.StateRunning, Feed: make(chan machine.Event, 8), ended: make(chan struct{})}
+}
+
+// Info has two logical units, data and root.
+func (m *Machine) Info() machine.Info {
+	return machine.Info{
+		Name: m.Name, State: m.State(), CPUs: 2, Memory: 1 << 30, CPU: machine.CPUHost, Started: time.Now().Add(-time.Minute),
+		LUNs: []machine.LUNInfo{
+			{LUNConfig: machine.LUNConfig{ID: "data", Path: "/dev/sg2", Target: 1}, Passthrough: true, Identity: "naa.6001405"},
+			{LUNConfig: machine.LUNConfig{ID: "root", Path: "root.img", ReadOnly: true}, Identity: "uuid.1"},
+		},
+	}
+}
+
+// State is the machine's state.
+func (m *Machine) State() machine.State {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state
+}
+
+func (m *Machine) enter(s machine.State) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.state == machine.StateEnded {
+		return machine.ErrEnded
+	}
+	if m.state = s; s == machine.StateEnded {
+		close(m.ended)
+		close(m.Feed)
+	}
+	return nil
+}
+
+// Pause, Resume and Stop change the state.
+func (m *Machine) Pause(context.Context) error { return m.enter(machine.StatePaused) }
+func (m *Machine) Resume() error               { return m.enter(machine.StateRunning) }
+func (m *Machine) Stop() error                 { return m.enter(machine.StateEnded) }
+
+// PowerButton does what Button says.
+func (m *Machine) PowerButton() {
+	if m.Button != nil {
+		m.Button()
+	}
+}
+
+// Ended is closed by Stop.
+func (m *Machine) Ended() <-chan struct{} { return m.ended }
+
+// Events gives out what is sent to Feed.
+func (m *Machine) Events() (<-chan machine.Event, func()) { return m.Feed, func() {} }
+
+// Reservation asks Ask.
+func (m *Machine) Reservation(_ context.Context, id string) (machine.Reservation, error) {
+	if m.Ask == nil {
+		return SomeReservation(), nil
+	}
+	return m.Ask(id)
+}
+
+// SomeReservation is one of two registrants, the guest and another; the guest
+// holds.
+func SomeReservation() machine.Reservation {
+	const typ = pr.WriteExclusiveRegistrantsOnly
+	return machine.Reservation{
+		View: pr.View{
+			Generation: 7, FullStatus: true, Supported: true, Capabilities: pr.Capabilities{PersistActive: true},
+			Held: pr.Reservation{Type: typ, Key: 0xaa},
+			Registrations: []pr.Registration{
+				{Key: 0xbb, Nexus: pr.Nexus{Initiator: pr.SAS(1), TargetPort: 1}},
+				{Key: 0xaa, Holder: true, Type: typ, Nexus: pr.Nexus{Initiator: pr.SAS(2), TargetPort: 2}},
+			},
+		},
+		Own: 1, Guest: pr.Tracked{Key: 0xaa, Type: typ},
+	}
+}
+
+// ErrBroken is a disk that does not answer.
+var ErrBroken = errors.New("the disk does not answer")
