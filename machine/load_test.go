@@ -3,6 +3,7 @@ package machine
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"vmm/boot"
@@ -526,40 +528,105 @@ func TestLoadWritesNoGuestMemory(t *testing.T) {
 	}
 }
 
-// A hostile state is refused or loaded; it does no harm to the monitor.
-func FuzzLoad(f *testing.F) {
-	m, s := idleState(f)
-	b, err := proto.Marshal(s)
-	if err != nil {
-		f.Fatal(err)
+// places are the things in a message that a peer can spoil, each as a function
+// that does so with a value.
+func places(m protoreflect.Message) (list []func(v uint64)) {
+	fields := m.Descriptor().Fields()
+	for i := range fields.Len() {
+		f := fields.Get(i)
+		if !m.Has(f) && f.Kind() == protoreflect.MessageKind {
+			continue
+		}
+		switch {
+		case f.IsList():
+			l := m.Mutable(f).List()
+			list = append(list, func(v uint64) { l.Truncate(int(v % uint64(l.Len()+1))) })
+			for at := range l.Len() {
+				if f.Kind() == protoreflect.MessageKind {
+					list = append(list, places(l.Get(at).Message())...)
+				} else {
+					list = append(list, func(v uint64) {
+						if at < l.Len() {
+							l.Set(at, scalar(f, l.Get(at), v))
+						}
+					})
+				}
+			}
+		case f.Kind() == protoreflect.MessageKind:
+			list = append(list, func(uint64) { m.Clear(f) })
+			list = append(list, places(m.Mutable(f).Message())...)
+		default:
+			list = append(list, func(v uint64) { m.Set(f, scalar(f, m.Get(f), v)) })
+		}
 	}
-	f.Add(b)
-	for _, change := range []func(*vmmv1.MachineState){
-		func(s *vmmv1.MachineState) { s.Virtio[0].Status |= 64 },
-		func(s *vmmv1.MachineState) { s.Virtio[1].Queues[0].Desc = 1<<64 - 16 },
-		func(s *vmmv1.MachineState) { s.Rtc.OffsetNs, s.Rtc.Seen = -1<<63, 1<<63-1 },
-		func(s *vmmv1.MachineState) { s.Virtio[0].GetScsi().CdbSize = 1 << 31 },
-		func(s *vmmv1.MachineState) { s.Pci.Functions[1].Config[4] = 0 },
-	} {
-		c := proto.CloneOf(s)
-		change(c)
-		b, _ := proto.Marshal(c)
-		f.Add(b)
+	return list
+}
+
+// scalar is a spoilt value of a field that was old.
+func scalar(f protoreflect.FieldDescriptor, old protoreflect.Value, v uint64) protoreflect.Value {
+	switch f.Kind() {
+	case protoreflect.BoolKind:
+		return protoreflect.ValueOfBool(!old.Bool())
+	case protoreflect.StringKind:
+		return protoreflect.ValueOfString("")
+	case protoreflect.BytesKind: // one byte, or the length
+		b := bytes.Clone(old.Bytes())
+		if at := int(v >> 8 & 0xffffff); at < len(b) {
+			b[at] = byte(v)
+		} else {
+			b = make([]byte, at>>4)
+		}
+		return protoreflect.ValueOfBytes(b)
+	case protoreflect.Uint32Kind, protoreflect.Fixed32Kind:
+		return protoreflect.ValueOfUint32(uint32(v))
+	case protoreflect.Sfixed64Kind:
+		return protoreflect.ValueOfInt64(int64(v))
+	}
+	return protoreflect.ValueOfUint64(v)
+}
+
+// A hostile state is refused or loaded; it does no harm to the monitor. An
+// input spoils places of a good state: two bytes of the place, eight of the
+// value, again and again.
+func FuzzLoad(f *testing.F) {
+	m, good := idleState(f)
+	const step = 10
+	spoil := func(place uint16, v uint64) []byte {
+		return binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint16(nil, place), v)
+	}
+	f.Add([]byte{})
+	for place := range places(proto.CloneOf(good).ProtoReflect()) {
+		if place%97 == 0 { // the fuzzer finds the others
+			f.Add(spoil(uint16(place), 0))
+			f.Add(spoil(uint16(place), ^uint64(0)))
+		}
 	}
 	kernel := image(f, m)
+	var n *Machine
+	f.Cleanup(func() {
+		if n != nil {
+			n.Close()
+		}
+	})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var s vmmv1.MachineState
-		if proto.Unmarshal(b, &s) != nil {
-			return
+		s := proto.CloneOf(good)
+		for range min(len(b)/step, 8) {
+			list := places(s.ProtoReflect())
+			list[int(binary.LittleEndian.Uint16(b))%len(list)](binary.LittleEndian.Uint64(b[2:]))
+			b = b[step:]
 		}
-		cfg := m.cfg
-		cfg.Kernel, cfg.Console, cfg.Warn = "", newConsole(), func(string) {} // a broken device says so
-		n, err := NewIncoming(cfg, Incoming{Requirements: m.Requirements(), Kernel: kernel})
-		if err != nil {
-			t.Fatal(err)
+		if n == nil || n.guest != guestExpected {
+			if n != nil {
+				n.Close()
+			}
+			cfg := m.cfg
+			cfg.Kernel, cfg.Console, cfg.Warn = "", newConsole(), func(string) {} // a broken device says so
+			var err error
+			if n, err = NewIncoming(cfg, Incoming{Requirements: m.Requirements(), Kernel: kernel}); err != nil {
+				t.Fatal(err)
+			}
 		}
-		defer n.Close()
-		if n.Load(&s) != nil {
+		if n.Load(s) != nil {
 			return
 		}
 		// What was loaded can be saved, and its devices can work.
