@@ -51,6 +51,7 @@ type Config struct {
 type LUNConfig struct {
 	ID       string        // the name the user gives it; default: lunN, N being the target
 	Path     string        // /dev/sgN or a SCSI block device: passed through; a regular file: software disk
+	Identity string        // what the unit must call itself; empty: anything. Without a Path it is looked for
 	Target   int           // the guest's address, LUN 0 of this target; -1: the position in the list
 	Timeout  time.Duration // of one passed-through command
 	ReadOnly bool

@@ -107,7 +107,8 @@ const (
 	requestPause requestKind = iota
 	requestResume
 	requestStop
-	requestDo // do something while the machine is paused, if it is
+	requestDo  // do something while the machine is paused, if it is
+	requestNap // do something that keeps the vCPUs from running meanwhile
 )
 
 // Pause stops the guest's vCPUs and returns when all stand still. Before Run
@@ -183,6 +184,14 @@ func (m *Machine) serve(ctx context.Context) error {
 				if over, err := m.pause(ctx, r); over {
 					return err
 				}
+			case requestNap:
+				m.gate.hold()
+				if over, err := m.settle(nil); over {
+					return err
+				}
+				r.do()
+				m.gate.release()
+				close(r.done)
 			case requestResume, requestDo:
 				close(r.done)
 			}
@@ -219,7 +228,7 @@ func (m *Machine) pause(ctx context.Context, r request) (over bool, err error) {
 			case requestDo:
 				r.do()
 				close(r.done)
-			case requestPause:
+			case requestPause, requestNap: // they stand
 				close(r.done)
 			}
 		}

@@ -2,6 +2,7 @@ package machine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -16,7 +17,7 @@ import (
 // reservation that its guest begins with.
 func (m *Machine) openLUNs() error {
 	for i := range m.cfg.LUNs {
-		backend, err := m.openLUN(&m.cfg.LUNs[i])
+		backend, err := m.findLUN(&m.cfg.LUNs[i])
 		if err != nil {
 			return err
 		}
@@ -27,7 +28,12 @@ func (m *Machine) openLUNs() error {
 	errs := make([]error, len(m.luns))
 	for i, l := range m.luns {
 		asked.Go(func() {
-			if errs[i] = l.identify(); errs[i] == nil {
+			if errs[i] = l.identify(); errs[i] != nil {
+				return
+			}
+			if want := m.cfg.LUNs[i].Identity; want != "" && l.identity.String() != want {
+				errs[i] = fmt.Errorf("it is %s; the guest's is %s", l.identity, want)
+			} else {
 				if err := l.learn(context.Background()); err != nil {
 					m.cfg.Warn(fmt.Sprintf("LUN %s: %v", m.cfg.LUNs[i].Path, err))
 				}
@@ -41,6 +47,26 @@ func (m *Machine) openLUNs() error {
 		}
 	}
 	return nil
+}
+
+// findLUN opens one LUN, which it looks for among this host's devices if no
+// path is given: where several lead to it, one that nobody else uses.
+func (m *Machine) findLUN(l *LUNConfig) (scsi.LUN, error) {
+	if l.Path != "" {
+		return m.openLUN(l)
+	}
+	paths, err := sg.Find(l.Identity)
+	if err != nil {
+		return nil, fmt.Errorf("LUN %s: %w", l.ID, err)
+	}
+	for i, path := range paths {
+		l.Path = path
+		lun, err := m.openLUN(l)
+		if err == nil || i == len(paths)-1 || !errors.Is(err, sg.ErrBusy) {
+			return lun, err
+		}
+	}
+	return nil, fmt.Errorf("LUN %s: no SCSI device of this host is %s; log in to its target or rescan, or name the device with --lun id=%[1]s,path=PATH", l.ID, l.Identity)
 }
 
 // openLUN opens one LUN: what its path names decides which kind it is.

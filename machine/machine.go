@@ -66,6 +66,8 @@ type Machine struct {
 	end      func()
 	ending   string // why it has ended; written by Run before end
 	started  atomic.Pointer[time.Time]
+	throttle atomic.Int32 // percent
+	slowed   atomic.Bool  // slow runs
 	feed     feed
 	close    []func() error // in the order of building
 }

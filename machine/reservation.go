@@ -25,6 +25,8 @@ type lun struct {
 	turn chan struct{} // holds one token: who has it sends commands of ours
 	port pr.Port
 	self pr.Nexus // this host's nexus; zero while nobody knows
+	// persist is PTPL_A as a migration found it.
+	persist bool
 }
 
 // newLUN puts the parts together. Nothing is sent.

@@ -190,6 +190,13 @@ func (s *Shared) Exec(ctx context.Context, c *Command) error {
 	return nil // c says what came last: a unit attention
 }
 
+// Raise makes a unit attention of ours the guest's: it answers one of its
+// next commands.
+func (s *Shared) Raise(a Sense) {
+	var b [MaxSense]byte
+	s.Keep(b[:a.put(&b)])
+}
+
 // Keep holds sense data for the guest's next command. A condition that is
 // held already is not held twice.
 func (s *Shared) Keep(sense []byte) {

@@ -45,6 +45,14 @@ func openReservations(path, initiator string) (*pr.File, error) {
 	return nil, err
 }
 
+// Nexus is this disk's I_T nexus; the zero value if it has no reservations.
+func (l *LUN) Nexus() pr.Nexus {
+	if l.reservations == nil {
+		return pr.Nexus{}
+	}
+	return l.reservations.Nexus()
+}
+
 // Bytes of the image that are locked as a sign to others (F_OFD_SETLK,
 // fcntl(2)), shared by those who get along with each other.
 const (

@@ -38,11 +38,24 @@ func OpenJournal(dir string) (*Journal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
 	}
-	probe := filepath.Join(dir, "writable")
-	if err := replace(probe, nil); err != nil {
+	if err := probe(dir); err != nil {
 		return nil, fmt.Errorf("journal %s cannot be written: %w", dir, err)
 	}
 	return &Journal{dir}, nil
+}
+
+// probe writes to dir, under a name of its own: several processes may do so.
+func probe(dir string) error {
+	f, err := os.CreateTemp(dir, ".probe-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString("probe\n")
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 func (j *Journal) file(lun string) string {

@@ -425,9 +425,10 @@ func (p *Port) supports(ctx context.Context, a OutAction) (bool, error) {
 }
 
 // Identify finds out this host's own nexus: a random key, registered for a
-// moment, is found in READ FULL STATUS. ErrLeftover means that the nexus was
-// registered before, with a key that is then not touched.
-func (p *Port) Identify(ctx context.Context, l Ledger) (Nexus, error) {
+// moment, is found in READ FULL STATUS. ledger makes the journal's entry for
+// it. ErrLeftover means that the nexus was registered before, with a key that
+// is then not touched.
+func (p *Port) Identify(ctx context.Context, ledger func(Key) Ledger) (Nexus, error) {
 	caps, err := p.Capabilities(ctx)
 	if err != nil {
 		return Nexus{}, err
@@ -435,6 +436,7 @@ func (p *Port) Identify(ctx context.Context, l Ledger) (Nexus, error) {
 	var b [8]byte
 	rand.Read(b[:])
 	k := Key(binary.BigEndian.Uint64(b[:]) | 1<<63)
+	l := ledger(k)
 	if err := l.Note(false); err != nil {
 		return Nexus{}, err
 	}

@@ -321,12 +321,12 @@ func TestRecoveryAndIdentify(t *testing.T) {
 	x := newPair(t, Quirks{}, nil)
 	run(t, x.target, "C register+ 0 cc 0")
 	ledger := x.journal.For(Entry{LUN: "l"})
-	n, err := x.sPort.Identify(ctx, ledger)
+	n, err := x.sPort.Identify(ctx, func(Key) Ledger { return ledger })
 	if err != nil || n != nexA || show(x.target) != "C:cc type 0 gen 3 aptpl" {
 		t.Errorf("Identify = %v, %v; disk %s", n, err, show(x.target))
 	}
 	run(t, x.target, "A register 0 aa 0")
-	if _, err := x.sPort.Identify(ctx, ledger); !errors.Is(err, ErrLeftover) || x.target.Key(nexA) != keyA {
+	if _, err := x.sPort.Identify(ctx, func(Key) Ledger { return ledger }); !errors.Is(err, ErrLeftover) || x.target.Key(nexA) != keyA {
 		t.Errorf("Identify of a registered nexus: %v", err)
 	}
 	f, err := x.sPort.Probe(ctx)

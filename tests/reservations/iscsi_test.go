@@ -198,7 +198,7 @@ func needISCSI(t *testing.T, names string) *unit {
 		if err := x.Drain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if x.id, err = x.Identify(t.Context(), noLedger{}); err != nil {
+		if x.id, err = x.Identify(t.Context(), func(pr.Key) pr.Ledger { return noLedger{} }); err != nil {
 			t.Fatal(err)
 		}
 		want, err := pr.ISCSI(initiator, fmt.Sprintf("8000%08x", i+1))

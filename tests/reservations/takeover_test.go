@@ -678,7 +678,7 @@ func TestPreflight(t *testing.T) {
 		t.Errorf("refused: %v", why)
 	}
 	// A nexus that is registered finds itself without being touched.
-	if _, err := u.nexus[atS].Identify(ctx, noLedger{}); !errors.Is(err, pr.ErrLeftover) {
+	if _, err := u.nexus[atS].Identify(ctx, func(pr.Key) pr.Ledger { return noLedger{} }); !errors.Is(err, pr.ErrLeftover) {
 		t.Errorf("Identify of a registered nexus = %v; want ErrLeftover", err)
 	}
 	// Under RESERVE of SPC-2 not even its holder is answered.

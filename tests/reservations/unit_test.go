@@ -78,7 +78,7 @@ func need(t *testing.T, names string) *unit {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if x.id, err = x.Identify(t.Context(), noLedger{}); err != nil {
+		if x.id, err = x.Identify(t.Context(), func(pr.Key) pr.Ledger { return noLedger{} }); err != nil {
 			t.Fatal(err)
 		}
 		if x.id.Initiator != pr.SAS(address) {

@@ -157,7 +157,10 @@ type LunConfig struct {
 	// AllowUnsafe lets commands pass that can brick the device for others.
 	AllowUnsafe bool `protobuf:"varint,6,opt,name=allow_unsafe,json=allowUnsafe,proto3" json:"allow_unsafe,omitempty"`
 	// Initiator names the software disk's I_T nexus; empty: HOST:VM.
-	Initiator     string `protobuf:"bytes,7,opt,name=initiator,proto3" json:"initiator,omitempty"`
+	Initiator string `protobuf:"bytes,7,opt,name=initiator,proto3" json:"initiator,omitempty"`
+	// Passthrough says that path is a device: another host looks for its own by
+	// the LUN's identity.
+	Passthrough   bool `protobuf:"varint,8,opt,name=passthrough,proto3" json:"passthrough,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -241,6 +244,13 @@ func (x *LunConfig) GetInitiator() string {
 	return ""
 }
 
+func (x *LunConfig) GetPassthrough() bool {
+	if x != nil {
+		return x.Passthrough
+	}
+	return false
+}
+
 var File_vmm_v1_config_proto protoreflect.FileDescriptor
 
 const file_vmm_v1_config_proto_rawDesc = "" +
@@ -255,7 +265,7 @@ const file_vmm_v1_config_proto_rawDesc = "" +
 	"\x06initrd\x18\x06 \x01(\tR\x06initrd\x12\x18\n" +
 	"\acmdline\x18\a \x01(\tR\acmdline\x12%\n" +
 	"\x04luns\x18\b \x03(\v2\x11.vmm.v1.LunConfigR\x04luns\x12\x1b\n" +
-	"\tno_reboot\x18\t \x01(\bR\bnoReboot\"\xc3\x01\n" +
+	"\tno_reboot\x18\t \x01(\bR\bnoReboot\"\xe5\x01\n" +
 	"\tLunConfig\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
@@ -264,7 +274,8 @@ const file_vmm_v1_config_proto_rawDesc = "" +
 	"timeout_ms\x18\x04 \x01(\x04R\ttimeoutMs\x12\x1a\n" +
 	"\breadonly\x18\x05 \x01(\bR\breadonly\x12!\n" +
 	"\fallow_unsafe\x18\x06 \x01(\bR\vallowUnsafe\x12\x1c\n" +
-	"\tinitiator\x18\a \x01(\tR\tinitiatorB\x18Z\x16vmm/proto/vmm/v1;vmmv1b\x06proto3"
+	"\tinitiator\x18\a \x01(\tR\tinitiator\x12 \n" +
+	"\vpassthrough\x18\b \x01(\bR\vpassthroughB\x18Z\x16vmm/proto/vmm/v1;vmmv1b\x06proto3"
 
 var (
 	file_vmm_v1_config_proto_rawDescOnce sync.Once

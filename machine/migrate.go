@@ -1,0 +1,405 @@
+package machine
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"os"
+	"sync"
+	"time"
+
+	"vmm/internal/sys"
+	"vmm/memory"
+	"vmm/migration"
+	vmmv1 "vmm/proto/vmm/v1"
+	"vmm/scsi"
+	"vmm/scsi/disk"
+	"vmm/scsi/pr"
+	"vmm/scsi/sg"
+)
+
+// Departure is a machine as package migration sees the one that moves away.
+type Departure struct {
+	*Machine
+	luns  []*migration.LUN
+	files []migration.Attachment
+}
+
+var _ migration.Source = (*Departure)(nil)
+
+// Names of what goes with the guest (migration.Attachment).
+const (
+	attachedKernel = "kernel"
+	attachedInitrd = "initrd"
+)
+
+// Depart finds out what a migration needs to know while the guest runs: what
+// its LUNs' reservations are, and what a reset of it loads.
+func (m *Machine) Depart(ctx context.Context) (*Departure, error) {
+	if s := m.State(); s != StateRunning {
+		return nil, fmt.Errorf("the guest is %s: only a running one can migrate", s)
+	}
+	d := &Departure{Machine: m}
+	if m.kernel.Data != nil { // else it did not come here with the guest
+		kernel, initrd, err := m.Images()
+		if err != nil {
+			return nil, err
+		}
+		d.files = append(d.files, migration.Attachment{Name: attachedKernel, Size: kernel.Size, Data: kernel.Data})
+		if initrd != nil {
+			d.files = append(d.files, migration.Attachment{Name: attachedInitrd, Size: initrd.Size, Data: initrd.Data})
+		}
+	}
+	var err error
+	d.luns, err = m.scout(ctx, nil)
+	return d, err
+}
+
+// Config is what the destination makes its machine of.
+func (d *Departure) Config() *vmmv1.MachineConfig { return d.cfg.message(d.Machine.luns) }
+
+// RAM is the guest's memory.
+func (d *Departure) RAM() *memory.RAM { return d.ram }
+
+// LUNs are the guest's logical units.
+func (d *Departure) LUNs() []*migration.LUN { return d.luns }
+
+// Attachments are the kernel and the initrd.
+func (d *Departure) Attachments() []migration.Attachment { return d.files }
+
+// TrackDirty begins to note which pages are written.
+func (d *Departure) TrackDirty() (migration.DirtyLog, error) { return d.Machine.TrackDirty() }
+
+// Pause stops the vCPUs and waits until every SCSI command is complete.
+func (d *Departure) Pause(ctx context.Context) error {
+	err := d.Machine.Pause(ctx)
+	if err == nil {
+		err = d.Quiesce(ctx)
+	}
+	if err != nil {
+		if again := d.Resume(); again != nil && !errors.Is(again, ErrEnded) {
+			err = errors.Join(err, again)
+		}
+	}
+	return err
+}
+
+// Save is the state of the paused machine.
+func (d *Departure) Save() (*vmmv1.MachineState, error) {
+	return d.Machine.Save(context.Background()) // it rests already
+}
+
+// scoutTime bounds what a disk may take to say what its reservations are.
+const scoutTime = 10 * time.Second
+
+// scout asks all LUNs at once what a takeover must know of them. At a
+// destination, identify makes this host's nexus known where the LUN alone can
+// tell it; journal entries are made by it.
+func (m *Machine) scout(ctx context.Context, identify func(*migration.LUN, pr.Key) pr.Ledger) ([]*migration.LUN, error) {
+	ctx, cancel := context.WithTimeout(ctx, scoutTime)
+	defer cancel()
+	luns, errs := make([]*migration.LUN, len(m.luns)), make([]error, len(m.luns))
+	var asked sync.WaitGroup
+	for i := range m.luns {
+		asked.Go(func() {
+			c := &m.cfg.LUNs[i]
+			if luns[i], errs[i] = m.luns[i].scout(ctx, c, identify); errs[i] != nil {
+				errs[i] = fmt.Errorf("LUN %s (%s): %w", c.ID, c.Path, errs[i])
+			}
+		})
+	}
+	asked.Wait()
+	return luns, errors.Join(errs...)
+}
+
+func (l *lun) scout(ctx context.Context, c *LUNConfig, identify func(*migration.LUN, pr.Key) pr.Ledger) (*migration.LUN, error) {
+	select {
+	case <-l.turn:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer func() {
+		l.port.Seen = l.port.Seen[:0] // the guest has them
+		l.turn <- struct{}{}
+	}()
+	x := &migration.LUN{
+		ID: c.ID, Identity: l.identity.String(), Path: c.Path,
+		// The takeover's commands go past the guest's door: it is migration
+		// that decides which unit attentions are the guest's.
+		Port:    &pr.Port{Sender: &pr.LUN{LUN: l.backend}},
+		Tracked: l.tracked.state,
+		Settled: l.settled,
+	}
+	switch b := l.backend.(type) {
+	case *sg.LUN:
+		x.BootID, x.Address = b.Nexus().BootID, b.Nexus().Address.String()
+	case *disk.LUN:
+		l.self = b.Nexus()
+	}
+	p, err := l.port.Probe(ctx)
+	if pr.Unsupported(err) {
+		return x, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("its reservations could not be read: %w", err)
+	}
+	x.Preflight, l.persist = &p, p.Persist
+	if identify != nil && p.FullStatus && l.self == (pr.Nexus{}) {
+		l.self, err = l.port.Identify(ctx, func(k pr.Key) pr.Ledger { return identify(x, k) })
+		if errors.Is(err, pr.ErrLeftover) {
+			return nil, errors.New(pr.LeftoverRegistration.String())
+		}
+		if err != nil {
+			return nil, fmt.Errorf("this host's nexus could not be found out: %w", err)
+		}
+	}
+	x.Nexus = l.self
+	return x, nil
+}
+
+// settled is told how the takeover ended, before the guest runs.
+func (l *lun) settled(o pr.Outcome, attentions []scsi.Sense) {
+	for _, a := range attentions {
+		l.shared.Raise(a)
+	}
+	switch o.Kind {
+	case pr.Moved:
+		l.tracked.learn(pr.Tracked{Key: o.Key, Type: o.Type, Persist: l.persist})
+	case pr.RegistrationOnly, pr.LeftBehind:
+		l.tracked.learn(pr.Tracked{Key: o.Key, Persist: l.persist})
+	case pr.FencedMeanwhile, pr.NothingHeld:
+		l.tracked.learn(pr.Tracked{})
+	case pr.Kept: // a nexus that is the source's too: what was learned at Open is still so
+	default:
+		l.tracked.learn(pr.Tracked{Doubt: true})
+	}
+}
+
+// message is c as it travels.
+func (c *Config) message(luns []*lun) *vmmv1.MachineConfig {
+	m := &vmmv1.MachineConfig{
+		Name: c.Name, Cpus: uint32(c.CPUs), MemoryBytes: c.Memory, CpuModel: string(c.CPU),
+		Kernel: c.Kernel, Initrd: c.Initrd, Cmdline: c.Cmdline, NoReboot: c.NoReboot,
+	}
+	for i, l := range c.LUNs {
+		_, passthrough := luns[i].backend.(*sg.LUN)
+		m.Luns = append(m.Luns, &vmmv1.LunConfig{
+			Id: l.ID, Path: l.Path, Target: uint32(l.Target), TimeoutMs: uint64(l.Timeout / time.Millisecond),
+			Readonly: l.ReadOnly, AllowUnsafe: l.Unsafe, Initiator: l.Initiator, Passthrough: passthrough,
+		})
+	}
+	return m
+}
+
+// Reception makes machines for guests that arrive. It implements
+// migration.Host.
+type Reception struct {
+	// Config has what is this host's to say: Name (empty: the guest's own),
+	// Console, Serial, RunDir, Warn. LUNs are those, by their ID, that are not
+	// to be looked for.
+	Config Config
+	// StateDir is the directory of this host's journal.
+	StateDir string
+}
+
+var _ migration.Host = (*Reception)(nil)
+
+// Prepare implements migration.Host.
+func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migration.Destination, err error) {
+	cfg, err := r.config(offer)
+	if err != nil {
+		return nil, err
+	}
+	a := &Arrival{done: make(chan struct{})}
+	in := Incoming{Requirements: offer.Requirements}
+	for _, f := range offer.Attachments {
+		image, err := a.expect(f, cfg)
+		if err != nil {
+			a.drop()
+			return nil, err
+		}
+		switch f.Name {
+		case attachedKernel:
+			in.Kernel = image
+		case attachedInitrd:
+			in.Initrd = image
+		default:
+			a.drop()
+			return nil, fmt.Errorf("the source sends a file called %q, which this version does not know", f.Name)
+		}
+	}
+	// The machine closes the files from here on.
+	if a.m, err = NewIncoming(cfg, in); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.m.Close())
+		}
+	}()
+	journal, err := pr.OpenJournal(r.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	a.luns, err = a.m.scout(ctx, func(l *migration.LUN, k pr.Key) pr.Ledger {
+		return journal.For(pr.Entry{LUN: l.Identity + " " + l.Address + " probe", Path: l.Path, Migration: offer.ID.String(), Key: k})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// config is the machine that the offer asks for, on this host. The offer is
+// not trusted; New checks what is not checked here.
+func (r *Reception) config(offer migration.Offer) (Config, error) {
+	o, cfg := offer.Config, r.Config
+	if cfg.Name == "" {
+		cfg.Name = o.GetName()
+	}
+	cfg.CPUs, cfg.Memory, cfg.CPU = int(min(o.GetCpus(), MaxCPUs+1)), o.GetMemoryBytes(), CPUModel(o.GetCpuModel())
+	cfg.Kernel, cfg.Initrd, cfg.Cmdline, cfg.NoReboot = o.GetKernel(), o.GetInitrd(), o.GetCmdline(), o.GetNoReboot()
+	mine := map[string]LUNConfig{}
+	for _, l := range r.Config.LUNs {
+		mine[l.ID] = l
+	}
+	identity := map[string]string{}
+	for _, l := range offer.LUNs {
+		identity[l.ID] = l.Identity
+	}
+	cfg.LUNs = nil
+	for _, l := range o.GetLuns() {
+		c := LUNConfig{
+			ID: l.GetId(), Path: l.GetPath(), Target: int(min(l.GetTarget(), MaxTargets)), Timeout: time.Duration(min(l.GetTimeoutMs(), 1<<40)) * time.Millisecond,
+			ReadOnly: l.GetReadonly(), Unsafe: l.GetAllowUnsafe(), Initiator: l.GetInitiator(), Identity: identity[l.GetId()],
+		}
+		if l.GetPassthrough() {
+			c.Path = "" // looked for by its identity
+		} else {
+			c.Initiator = "" // the source's nexus is not ours
+		}
+		if l, given := mine[c.ID]; given {
+			delete(mine, c.ID)
+			c.Path = l.Path
+			if l.Initiator != "" {
+				c.Initiator = l.Initiator
+			}
+		}
+		cfg.LUNs = append(cfg.LUNs, c)
+	}
+	for id := range mine {
+		return cfg, fmt.Errorf("--lun id=%s: the guest that comes has no LUN of that id", id)
+	}
+	return cfg, nil
+}
+
+// Arrival is a machine that a guest moves into. It implements
+// migration.Destination.
+type Arrival struct {
+	m     *Machine
+	luns  []*migration.LUN
+	files []*attached
+	done  chan struct{} // closed when Run's guest has ended
+	err   error         // how
+}
+
+var _ migration.Destination = (*Arrival)(nil)
+
+// attached is a file that comes with the guest: kept in memory, as nobody has
+// said where else.
+type attached struct {
+	image *Image
+	file  *os.File
+	at    int64
+	hash  hash.Hash
+}
+
+// expect makes room for a file. More than the guest's memory would never have
+// booted.
+func (a *Arrival) expect(f migration.Attachment, cfg Config) (*Image, error) {
+	if f.Size <= 0 || uint64(f.Size) > cfg.Memory {
+		return nil, fmt.Errorf("the source sends a %s of %d bytes for a guest with %d bytes of memory", f.Name, f.Size, cfg.Memory)
+	}
+	name := cfg.Kernel
+	if f.Name == attachedInitrd {
+		name = cfg.Initrd
+	}
+	file, err := sys.MemFD("vmm-"+f.Name, f.Size)
+	if err != nil {
+		return nil, err
+	}
+	x := &attached{image: &Image{Name: name, Size: f.Size, Data: file}, file: file, hash: sha256.New()}
+	a.files = append(a.files, x)
+	return x.image, nil
+}
+
+// drop closes the files of a machine that was not built.
+func (a *Arrival) drop() {
+	for _, f := range a.files {
+		f.file.Close()
+	}
+}
+
+// Machine is the machine itself.
+func (a *Arrival) Machine() *Machine { return a.m }
+
+// RAM is the guest's memory.
+func (a *Arrival) RAM() *memory.RAM { return a.m.ram }
+
+// LUNs are in the order of the offer.
+func (a *Arrival) LUNs() []*migration.LUN { return a.luns }
+
+// Attach implements migration.Destination.
+func (a *Arrival) Attach(i int, data []byte) error {
+	f := a.files[i]
+	if _, err := f.file.WriteAt(data, f.at); err != nil {
+		return err
+	}
+	f.at += int64(len(data))
+	f.hash.Write(data)
+	return nil
+}
+
+// Load implements migration.Destination.
+func (a *Arrival) Load(s *vmmv1.MachineState) error {
+	for _, f := range a.files {
+		f.hash.Sum(f.image.SHA256[:0])
+	}
+	return a.m.Load(s)
+}
+
+// Run implements migration.Destination: it returns when the guest runs. Wait
+// returns when it has ended.
+func (a *Arrival) Run() error {
+	events, cancel := a.m.Events()
+	defer cancel()
+	go func() {
+		defer close(a.done)
+		a.err = a.m.Run(context.Background())
+	}()
+	for e := range events {
+		if e.Kind != EventState {
+			continue
+		}
+		switch e.State {
+		case StateRunning:
+			return nil
+		case StateEnded:
+			<-a.done
+			return a.err
+		}
+	}
+	<-a.done
+	return a.err
+}
+
+// Wait returns when the guest has ended, with what Machine.Run says.
+func (a *Arrival) Wait() error {
+	<-a.done
+	return a.err
+}
+
+// Close frees a machine that never ran.
+func (a *Arrival) Close() error { return a.m.Close() }
