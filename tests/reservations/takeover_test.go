@@ -11,6 +11,7 @@ import (
 
 	"vmm/scsi"
 	"vmm/scsi/pr"
+	"vmm/tests/lab/lio"
 )
 
 // Where the takeover's nexuses are among a unit's: source, destination, the
@@ -693,4 +694,62 @@ func TestPreflight(t *testing.T) {
 		t.Errorf("Refuse = %v; want %v", why, pr.HeldBySPC2)
 	}
 	u.reset(t)
+}
+
+// TestErrorThatHappened: from each command of the takeover on, the target
+// cannot store its registrations. It carries REGISTER out all the same, and
+// answers NOT READY.
+func TestErrorThatHappened(t *testing.T) {
+	u := need(t, "SDOW")
+	lost := pr.Answer{Status: scsi.CheckCondition, Sense: scsi.Sense{Key: scsi.NotReady, ASC: 0x08}}
+	moved, kept := 0, 0
+	holding(func(typ pr.Type, aptpl, move bool) {
+		before := disk{s: keyK, o: keyO, typ: typ, holder: holder(typ, "S"), aptpl: aptpl}
+		after := disk{d: keyK, o: keyO, typ: typ, holder: holder(typ, "D"), aptpl: aptpl}
+		for at := 1; ; at++ {
+			u.set(t, before)
+			m := newMigration(t, u, move)
+			var restore func() error
+			m.before = func(n int, _ string) {
+				if n != at {
+					return
+				}
+				var err error
+				if restore, err = lio.BreakDatabase(); err != nil {
+					t.Fatal(err)
+				}
+				if a := u.nexus[atO].do(t, pr.Out{Action: pr.Register, Key: keyO, ServiceKey: keyO, APTPL: aptpl}); a != lost {
+					t.Errorf("REGISTER without a database: %v; want %v", a, lost)
+				}
+			}
+			src, dst := m.run(keyK)
+			if restore == nil {
+				break
+			}
+			if err := restore(); err != nil {
+				t.Fatal(err)
+			}
+			want := before
+			switch {
+			case src.Kind == pr.HandedOver && (dst.Kind == pr.Moved || dst.Kind == pr.RegistrationOnly && typ == pr.None):
+				want = after
+				moved++
+			case src.Kind == pr.Kept && dst.Kind == pr.GivenUp && !m.ran:
+				kept++
+			default:
+				t.Errorf("from command %d on: %s, move %v: %s %s", at, before, move, dst.Sentence("D"), src.Sentence("S"))
+			}
+			if dst.Stale {
+				want.s = keyK
+			}
+			if got := u.show(t); got != want.String() {
+				t.Errorf("from command %d on: %s, move %v, became %s; want %s; %s %s", at, before, move, got, want, dst.Sentence("D"), src.Sentence("S"))
+			}
+			u.quiet(t)
+		}
+	})
+	if moved == 0 || kept == 0 {
+		t.Errorf("%d moved, %d kept; want some of both", moved, kept)
+	}
+	t.Logf("%d takeovers moved, %d kept, with registrations that were answered with an error", moved, kept)
 }

@@ -367,3 +367,17 @@ func modprobe(args ...string) error {
 	}
 	return nil
 }
+
+// BreakDatabase makes the target unable to store what APTPL wants stored,
+// until restore is called: it then carries REGISTER out and answers NOT READY.
+func BreakDatabase() (restore func() error, err error) {
+	root, err := readLine(configfs + "/dbroot")
+	if err != nil {
+		return nil, fmt.Errorf("lio: %w", err)
+	}
+	dir := filepath.Join(root, "pr")
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		return nil, fmt.Errorf("lio: the target's database: %w", err)
+	}
+	return func() error { return os.Rename(dir+".away", dir) }, nil
+}
