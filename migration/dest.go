@@ -2,8 +2,10 @@ package migration
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -313,7 +315,7 @@ type arrival struct {
 	machine  Destination
 	luns     []*LUN
 	pairs    []*pr.Pair
-	files    []uint64 // bytes that are still to come
+	files    []*file
 	takeover *takeover
 
 	readers  sync.WaitGroup
@@ -327,6 +329,14 @@ type arrival struct {
 	loaded   chan error // nil: not being loaded
 	loading  bool
 	loadTook time.Duration
+}
+
+// file is an attachment that arrives.
+type file struct {
+	name string
+	left uint64 // bytes that are still to come
+	want [sha256.Size]byte
+	hash hash.Hash
 }
 
 // mark is a round's end on one channel, or the channel's.
@@ -411,11 +421,12 @@ func (a *arrival) prepare(ctx context.Context) ([]*vmmv1.HostLun, error) {
 		offer.LUNs = append(offer.LUNs, OfferedLUN{l.GetId(), l.GetIdentity()})
 	}
 	for _, f := range h.Attachments {
-		if int64(f.GetSize()) < 0 {
-			return nil, errProtocol("attachment %s of %d bytes", f.GetName(), f.GetSize())
+		if int64(f.GetSize()) < 0 || len(f.GetSha256()) != sha256.Size {
+			return nil, errProtocol("attachment %s of %d bytes with a digest of %d", f.GetName(), f.GetSize(), len(f.GetSha256()))
 		}
-		offer.Attachments = append(offer.Attachments, Attachment{Name: f.GetName(), Size: int64(f.GetSize())})
-		a.files = append(a.files, f.GetSize())
+		digest := [sha256.Size]byte(f.GetSha256())
+		offer.Attachments = append(offer.Attachments, Attachment{Name: f.GetName(), Size: int64(f.GetSize()), SHA256: digest})
+		a.files = append(a.files, &file{name: f.GetName(), left: f.GetSize(), want: digest, hash: sha256.New()})
 	}
 	ctx, done := context.WithTimeout(ctx, a.r.opts.Deadlines.Connect)
 	defer done()
@@ -905,9 +916,12 @@ func (a *arrival) receive(m *vmmv1.StreamMessage) error {
 	case *vmmv1.StreamMessage_Attachment:
 		return a.attach(b.Attachment)
 	case *vmmv1.StreamMessage_State:
-		for i, left := range a.files {
-			if left > 0 {
-				return errProtocol("attachment %d lacks %d bytes", i, left)
+		for _, f := range a.files {
+			if f.left > 0 {
+				return errProtocol("attachment %s lacks %d bytes", f.name, f.left)
+			}
+			if got := [sha256.Size]byte(f.hash.Sum(nil)); got != f.want {
+				return fmt.Errorf("attachment %s has digest %x, and was offered with %x: did the file change on the source?", f.name, got, f.want)
 			}
 		}
 		if b.State.Machine == nil || b.State.LastRound == 0 || b.State.LastRound < a.round {
@@ -936,12 +950,17 @@ func (a *arrival) receive(m *vmmv1.StreamMessage) error {
 }
 
 func (a *arrival) attach(c *vmmv1.AttachmentChunk) error {
-	if uint64(c.Attachment) >= uint64(len(a.files)) || uint64(len(c.Data)) > a.files[c.Attachment] {
-		return errProtocol("%d bytes more of attachment %d", len(c.Data), c.Attachment)
+	if uint64(c.Attachment) >= uint64(len(a.files)) {
+		return errProtocol("a part of attachment %d of %d", c.Attachment, len(a.files))
 	}
-	a.files[c.Attachment] -= uint64(len(c.Data))
+	f := a.files[c.Attachment]
+	if uint64(len(c.Data)) > f.left {
+		return errProtocol("%d bytes more of attachment %s, which lacks %d", len(c.Data), f.name, f.left)
+	}
+	f.left -= uint64(len(c.Data))
+	f.hash.Write(c.Data)
 	if err := a.machine.Attach(int(c.Attachment), c.Data); err != nil {
-		return fmt.Errorf("attachment %d: %w", c.Attachment, err)
+		return fmt.Errorf("attachment %s: %w", f.name, err)
 	}
 	return nil
 }

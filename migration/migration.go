@@ -32,6 +32,7 @@ package migration
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -105,9 +106,10 @@ type Offer struct {
 // Attachment is a file that moves with the guest, such as the kernel that a
 // reset loads again.
 type Attachment struct {
-	Name string
-	Size int64
-	Data io.ReaderAt // of the source; nil in an offer
+	Name   string
+	Size   int64 // bytes
+	SHA256 [sha256.Size]byte
+	Data   io.ReaderAt // of the source; nil in an offer
 }
 
 // OfferedLUN is one of the guest's logical units.
@@ -120,7 +122,8 @@ type Destination interface {
 	// LUNs are in the order of the offer.
 	LUNs() []*LUN
 	// Attach appends data to the attachment with this place in the offer, never
-	// beyond the size in the offer. All are complete before Load.
+	// beyond the size in the offer. All are complete, and have the digests of
+	// the offer, before Load.
 	Attach(attachment int, data []byte) error
 	// Load takes over what the source's Save returned, once memory is complete. A peer has sent
 	// it: nothing in it is to be believed unchecked.

@@ -3,6 +3,7 @@ package migration
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"flag"
 	"math/rand/v2"
@@ -33,7 +34,7 @@ func TestMigrate(t *testing.T) {
 		r := newRig(t, 32<<20)
 		r.opts.Channels, r.opts.Downtime = channels, time.Hour
 		kernel := bytes.Repeat([]byte("kernel"), 100_000)
-		r.src.files = []Attachment{{Name: "kernel", Size: int64(len(kernel)), Data: bytes.NewReader(kernel)}, {Name: "initrd", Data: bytes.NewReader(nil)}}
+		r.src.files = []Attachment{attachment("kernel", kernel), attachment("initrd", nil)}
 		for p := uint64(0); p < 6000; p++ { // the rest stays a hole
 			if p%7 != 3 {
 				r.src.write(p, p+1)
@@ -77,6 +78,10 @@ func TestMigrate(t *testing.T) {
 			t.Errorf("%d channels: destination ran %v, %d writes during %+v", channels, d.ran, n, sum)
 		}
 	}
+}
+
+func attachment(name string, data []byte) Attachment {
+	return Attachment{Name: name, Size: int64(len(data)), SHA256: sha256.Sum256(data), Data: bytes.NewReader(data)}
 }
 
 // A page that becomes zero clears what came earlier, and a round is never
@@ -167,6 +172,16 @@ func TestKept(t *testing.T) {
 		{"a command does not come back", func(r *rig, _ *Outgoing) { r.src.stuck = true }, "still in flight"},
 		{"save", func(r *rig, _ *Outgoing) { r.src.failing = errors.New("KVM_GET_MSRS: 0x1b") }, "0x1b"},
 		{"load", func(r *rig, _ *Outgoing) { r.host.loadErr = errors.New("unknown device") }, "unknown device"},
+		{"a kernel that has changed", func(r *rig, _ *Outgoing) {
+			a := attachment("vmlinuz", []byte("as it was"))
+			a.Data = strings.NewReader("as it is ")
+			r.src.files = []Attachment{a}
+		}, "vmlinuz has digest"},
+		{"a kernel that has shrunk", func(r *rig, _ *Outgoing) {
+			a := attachment("vmlinuz", []byte("as it was"))
+			a.Data = strings.NewReader("as")
+			r.src.files = []Attachment{a}
+		}, "read vmlinuz"},
 		{"canceled while it is stopped", func(r *rig, o *Outgoing) { r.src.inPause = o.Cancel }, "canceled"},
 		{"canceled while it is loaded", func(r *rig, o *Outgoing) { r.host.inLoad = o.Cancel }, "canceled"},
 		{"canceled at once", func(r *rig, o *Outgoing) { o.Cancel() }, ""},

@@ -229,7 +229,7 @@ func (o *Outgoing) negotiate() error {
 		hello.Luns = append(hello.Luns, offerLUN(l))
 	}
 	for _, a := range o.src.Attachments() {
-		hello.Attachments = append(hello.Attachments, &vmmv1.Attachment{Name: a.Name, Size: uint64(a.Size)})
+		hello.Attachments = append(hello.Attachments, &vmmv1.Attachment{Name: a.Name, Size: uint64(a.Size), Sha256: a.SHA256[:]})
 	}
 	if err := o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}}); err != nil {
 		return err

@@ -568,6 +568,7 @@ type Attachment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Size          uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"` // bytes
+	Sha256        []byte                 `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -614,6 +615,13 @@ func (x *Attachment) GetSize() uint64 {
 		return x.Size
 	}
 	return 0
+}
+
+func (x *Attachment) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
 }
 
 // AttachmentChunk is the next part of an attachment.
@@ -1663,11 +1671,12 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\aregions\x18\x05 \x03(\v2\x14.vmm.v1.MemoryRegionR\aregions\x12#\n" +
 	"\x04luns\x18\x06 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\x12\x1a\n" +
 	"\bchannels\x18\a \x01(\rR\bchannels\x124\n" +
-	"\vattachments\x18\b \x03(\v2\x12.vmm.v1.AttachmentR\vattachments\"4\n" +
+	"\vattachments\x18\b \x03(\v2\x12.vmm.v1.AttachmentR\vattachments\"L\n" +
 	"\n" +
 	"Attachment\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x04R\x04size\"E\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x16\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"E\n" +
 	"\x0fAttachmentChunk\x12\x1e\n" +
 	"\n" +
 	"attachment\x18\x01 \x01(\rR\n" +
