@@ -266,7 +266,7 @@ func TestPlainJSON(t *testing.T) {
 
 func TestEvents(t *testing.T) {
 	f := controltest.New("web1")
-	dir, c := serve(t, f)
+	_, c := serve(t, f)
 	f.Feed <- machine.Event{Kind: machine.EventState, State: machine.StatePaused, Time: time.Unix(0, 0)}
 	stream, err := c.Events(t.Context(), request(&vmmv1.EventsRequest{}))
 	if err != nil {
@@ -276,7 +276,11 @@ func TestEvents(t *testing.T) {
 		t.Errorf("event %v, %v; want that it is paused", stream.Msg(), stream.Err())
 	}
 	stream.Close()
+}
 
+func TestEventLines(t *testing.T) {
+	f := controltest.New("web1")
+	dir, _ := serve(t, f)
 	h := overSocket(dir, false)
 	defer h.CloseIdleConnections()
 	r, err := h.Get("http://vmm/events")

@@ -238,8 +238,25 @@ func (d RunDir) settle(ctx context.Context, journal *pr.Journal, e pr.Entry) Set
 	x.port.Run(ctx, &r, journal.For(e), nil)
 	o := r.Outcome()
 	s.Done = o.Kind == pr.NothingHeld
-	s.Outcome = o.Sentence(e.LUN)
+	s.Outcome = recovered(o, e, path)
 	return s
+}
+
+// recovered says how the recovery of e ended, and what the operator can do.
+func recovered(o pr.Outcome, e pr.Entry, path string) string {
+	switch {
+	case o.Kind == pr.NothingHeld:
+		return fmt.Sprintf("%s: this host is not registered with key %v any more", e.LUN, e.Key)
+	case o.Reason != pr.NoReason:
+		return fmt.Sprintf("%s: not settled: %v", e.LUN, o.Reason)
+	case e.Handed:
+		return fmt.Sprintf("%s: key %v stays registered on this host, for it may be the only registration that the guest has; "+
+			"where the guest runs on another host and is registered there (vmm pr show %s), vmm pr unregister %[3]s --key %[2]v removes it", e.LUN, e.Key, path)
+	case o.Type != pr.None:
+		return fmt.Sprintf("%s: key %v stays registered on this host, for the disk's %v reservation rests on it; "+
+			"let the guest's cluster software reserve again, or end it with vmm pr unregister %s --key %[2]v --release", e.LUN, e.Key, o.Type, path)
+	}
+	return fmt.Sprintf("%s: key %v stays registered on this host", e.LUN, e.Key)
 }
 
 // locate opens the logical unit that e is about: by its path, if that is
