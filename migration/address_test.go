@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -237,4 +238,82 @@ func TestStrangers(t *testing.T) {
 		t.Errorf("after all that: %v", err)
 	}
 	<-arrived
+}
+
+// What a destination has said about a migration stays true, whoever asks again.
+func TestDecidedOnce(t *testing.T) {
+	r := newRig(t, 1<<20)
+	o := r.outgoing()
+	j, err := openJournal(r.recv.StateDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.note(o.ID(), verdictAborted, "the guest was given back"); err != nil {
+		t.Fatal(err)
+	}
+	r.receiving()
+	if _, err := o.Run(context.Background()); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "decided") {
+		t.Errorf("Run = %v; want a refusal", err)
+	}
+	if m, err := o.question(context.Background(), time.Second); err != nil || m.GetAborted().GetReason() != "the guest was given back" {
+		t.Errorf("question = %v, %v; want what was noted", m, err)
+	}
+	// Whoever has heard it acknowledges it, and it is forgotten.
+	within(t, "forgetting", func() {
+		for {
+			v, _, err := j.verdict(o.ID())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if v == verdictNone {
+				return
+			}
+			runtime.Gosched()
+		}
+	})
+}
+
+func TestJournal(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	j, err := openJournal(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := NewID()
+	for _, tt := range []struct {
+		v   verdict
+		why string
+	}{{verdictAborted, "late\nand in two lines"}, {verdictRunning, ""}} {
+		if err := j.note(id, tt.v, tt.why); err != nil {
+			t.Fatal(err)
+		}
+		if again, err := openJournal(dir); err != nil {
+			t.Fatal(err)
+		} else if v, why, err := again.verdict(id); v != tt.v || why != tt.why || err != nil {
+			t.Errorf("verdict = %q, %q, %v; want %q, %q", v, why, err, tt.v, tt.why)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, j.name(id)), []byte("walking\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if v, _, err := j.verdict(id); err == nil {
+		t.Errorf("a damaged entry is %q", v)
+	}
+	old := time.Now().Add(-2 * verdictLife)
+	if err := os.Chtimes(filepath.Join(dir, j.name(id)), old, old); err != nil {
+		t.Fatal(err)
+	}
+	if j, err = openJournal(dir); err != nil {
+		t.Fatal(err)
+	}
+	if v, _, err := j.verdict(id); v != verdictNone || err != nil {
+		t.Errorf("an entry that nobody asks for any more is %q, %v", v, err)
+	}
+	if err := errors.Join(j.forget(id), j.forget(id)); err != nil {
+		t.Errorf("forget: %v", err)
+	}
+	if _, err := openJournal(filepath.Join(dir, "writable", "beneath a file")); err == nil {
+		t.Error("a journal beneath a file was opened")
+	}
 }

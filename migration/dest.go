@@ -189,6 +189,11 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 		if err != nil || kindOf(m) != kindHello || ID(padded(m.Id)) != p.id || p.id == (ID{}) {
 			return
 		}
+		// What was said about a migration once stays true.
+		if v, _, err := r.verdicts.verdict(p.id); err != nil || v != verdictNone {
+			r.refuse(conn, p.id, fmt.Sprintf("migration %v was decided here before", p.id))
+			return
+		}
 		if !r.begin(p.id) {
 			r.refuse(conn, p.id, "this destination is busy with another migration")
 			return
