@@ -287,6 +287,56 @@ func TestGuestMovesAtRandomMoments(t *testing.T) {
 	}
 }
 
+// A guest that lives from one timer interrupt to the next, each armed by the one
+// before, moves at random moments: one that is lost is the last.
+func TestTimerMovesAlong(t *testing.T) {
+	const (
+		idt, idtr, handler, stack = 0x200000, 0x201000, 0x202000, 0x280000
+
+		vector = 0x50
+		lvt    = int(boot.LocalAPIC) + 0x320
+		divide = int(boot.LocalAPIC) + 0x3e0
+		count  = int(boot.LocalAPIC) + 0x380
+		eoi    = int(boot.LocalAPIC) + 0xb0
+		period = 200_000 // KVM's timer runs at 1 GHz
+	)
+	store := func(a asm, at, v int) asm { return a.raw(0xc7, 0x05).u32(at).u32(v) } // mov dword [at], v
+	a := asm{}.raw(0xbc).u32(stack).raw(0x0f, 0x01, 0x1d).u32(idtr).enableAPIC()    // mov esp, stack; lidt [idtr]
+	a = store(store(store(a, divide, 0xb), lvt, vector), count, period)
+	a = a.raw(0xfb, 0xf4, 0xeb, 0xfd) // sti; hlt; jmp back
+	// The handler does not return, which a KVM that interprets guests may not
+	// know how to: it begins anew.
+	h := asm{}.raw(0xbc).u32(stack).print(".")
+	h = store(store(h, eoi, 0), count, period).raw(0xfb, 0xf4, 0xeb, 0xfd)
+
+	m, out := newMachine(t, a, nil)
+	mem := m.ram.Regions()[0].Bytes
+	binary.LittleEndian.PutUint64(mem[idt+8*vector:], handler&0xffff|0x08<<16|0x8e00<<32|handler>>16<<48)
+	binary.LittleEndian.PutUint16(mem[idtr:], 0x7ff)
+	binary.LittleEndian.PutUint32(mem[idtr+2:], idt)
+	copy(mem[handler:], h)
+	for range 10 {
+		done := make(chan error, 1)
+		go func() { done <- m.Run(context.Background()) }()
+		dots := strings.Count(out.String(), ".")
+		out.waitFor(strings.Repeat(".", dots+5))
+		time.Sleep(time.Duration(rand.IntN(500)) * time.Microsecond) // a random moment is what this test is about
+		pause(t, m)
+		s := saved(t, m)
+		n := incoming(t, m, out)
+		if err := n.Load(travelled(t, s)); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		m = n
+	}
+}
+
 // testUnitReady gives the controller a TEST UNIT READY for a target.
 func testUnitReady(m *Machine, d *virtiotest.Device, target byte) {
 	const header, response = 14 << 20, 14<<20 + 4096
