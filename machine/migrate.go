@@ -47,9 +47,9 @@ func (m *Machine) Depart(ctx context.Context) (*Departure, error) {
 		if err != nil {
 			return nil, err
 		}
-		d.files = append(d.files, migration.Attachment{Name: attachedKernel, Size: kernel.Size, Data: kernel.Data})
+		d.files = append(d.files, migration.Attachment{Name: attachedKernel, Size: kernel.Size, SHA256: kernel.SHA256, Data: kernel.Data})
 		if initrd != nil {
-			d.files = append(d.files, migration.Attachment{Name: attachedInitrd, Size: initrd.Size, Data: initrd.Data})
+			d.files = append(d.files, migration.Attachment{Name: attachedInitrd, Size: initrd.Size, SHA256: initrd.SHA256, Data: initrd.Data})
 		}
 	}
 	var err error
