@@ -1,6 +1,10 @@
 package machine
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -84,5 +88,40 @@ func TestSlowSubscriberMissesEvents(t *testing.T) {
 	}
 	if e := <-slow; e.Kind != EventReset {
 		t.Errorf("event %+v; want the reset", e)
+	}
+}
+
+// What a machine says of itself makes sense in another directory, too.
+func TestInfo(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	if err := errors.Join(os.WriteFile("disk.img", nil, 0o600), os.Truncate("disk.img", 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	m, _ := newMachine(t, asm{}.poweroff(), func(c *Config) {
+		c.CPUs = 2
+		c.LUNs = []LUNConfig{{ID: "root", Path: "disk.img", Target: 3, ReadOnly: true}}
+	})
+	i := m.Info()
+	if i.Name != "test" || i.State != StateStarting || i.CPUs != 2 || i.Memory != 16<<20 || i.CPU != CPUHost || !i.Started.IsZero() {
+		t.Errorf("Info() = %+v", i)
+	}
+	if len(i.LUNs) != 1 {
+		t.Fatalf("LUNs %+v; want one", i.LUNs)
+	}
+	if l := i.LUNs[0]; l.ID != "root" || l.Path != filepath.Join(dir, "disk.img") || l.Target != 3 || !l.ReadOnly || l.Passthrough || l.Identity == "" {
+		t.Errorf("LUN %+v", l)
+	}
+	if _, err := m.Reservation(t.Context(), "root"); err != nil {
+		t.Errorf("Reservation(root) = %v", err)
+	}
+	if _, err := m.Reservation(t.Context(), "swap"); err == nil || !strings.Contains(err.Error(), `no LUN "swap"`) {
+		t.Errorf("Reservation(swap) = %v", err)
+	}
+	if err := m.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if i := m.Info(); i.State != StateEnded || i.Started.IsZero() {
+		t.Errorf("after Run: Info() = %+v", i)
 	}
 }

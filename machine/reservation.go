@@ -272,8 +272,17 @@ func (t *tracked) follow(c *scsi.Command) {
 func (t *tracked) note(c *scsi.Command, list []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.tracker.After(c.CDB, list, c.Outcome == scsi.Completed, c.Status)
-	if t.overlap {
+	// A command that a unit attention answers was not carried out (SAM-5
+	// 5.14): a guest's first one often is. It says nothing, and leaves no doubt.
+	attention := false
+	if c.Outcome == scsi.Completed && c.Status == scsi.CheckCondition {
+		sense, ok := scsi.ParseSense(c.Sense[:c.SenseLen])
+		attention = ok && sense.Key == scsi.UnitAttention
+	}
+	if !attention {
+		t.tracker.After(c.CDB, list, c.Outcome == scsi.Completed, c.Status)
+	}
+	if t.overlap && !attention {
 		// The target carried them out in an order that nobody has seen.
 		s := t.tracker.State()
 		s.Doubt = true

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 
 	"vmm/scsi"
+	"vmm/scsi/disk"
 	"vmm/scsi/pr"
 	"vmm/scsi/scsitest"
 )
@@ -331,6 +334,52 @@ func TestReservationWhileTheGuestRuns(t *testing.T) {
 				t.Errorf("%s: the guest's command %d: %v", q.Name, i, c.Err())
 			}
 		}
+	}
+}
+
+// On a software disk, through its bytes on the medium: a guest that is killed
+// leaves its reservation, and the next one of that name finds it.
+func TestSoftwareDiskReservationOutlivesTheMachine(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	openAs := func(name string) *lun {
+		t.Helper()
+		backend, err := disk.Open(image, disk.Options{Initiator: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newLUN(backend, &LUNConfig{})
+		if err := errors.Join(l.identify(), l.learn(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	first := openAs("host1:web1")
+	held := pr.Tracked{Key: ourKey, Type: pr.WriteExclusiveRegistrantsOnly}
+	for _, o := range []pr.Out{{Action: pr.Register, ServiceKey: ourKey}, {Action: pr.Reserve, Key: ourKey, Type: held.Type}} {
+		var e *scsi.CommandError
+		err := guestOut(t, first, o)
+		if errors.As(err, &e) && e.Sense.Key == scsi.UnitAttention { // that of power on, kept from learning
+			err = guestOut(t, first, o)
+		}
+		if err != nil {
+			t.Fatalf("%v: %v", o.Action, err)
+		}
+	}
+	if r, err := first.reservation(t.Context()); err != nil || r.Own != 0 || r.Guest != held {
+		t.Errorf("reservation() = %+v, %v", r, err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := openAs("host1:web1").tracked.state(); got.Key != held.Key || got.Type != held.Type || got.Doubt {
+		t.Errorf("started again: tracker has %+v; want %+v", got, held)
+	}
+	if got := openAs("host1:web2").tracked.state(); got != (pr.Tracked{}) {
+		t.Errorf("another guest: tracker has %+v; want nothing", got)
 	}
 }
 
