@@ -20,10 +20,12 @@ import (
 
 // Most tests wait: for deadlines, and for a journal to reach its disk.
 func TestMain(m *testing.M) {
-	flag.Parse()
-	if err := flag.Set("test.parallel", "8"); err != nil {
-		panic(err)
+	for name, value := range map[string]string{"test.parallel": "8", "rapid.checks": "30"} {
+		if err := flag.Set(name, value); err != nil {
+			panic(err)
+		}
 	}
+	flag.Parse() // the command line has the last word
 	os.Exit(m.Run())
 }
 
