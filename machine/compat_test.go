@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"bytes"
 	"slices"
 	"strings"
 	"testing"
@@ -122,11 +123,25 @@ func TestCheckCompatible(t *testing.T) {
 			t.Errorf("got %v; want an error that names both", err)
 		}
 	}
-	cfg.CPUs = 1
-	if n, err := NewIncoming(cfg, Incoming{Requirements: good}); err == nil || !strings.Contains(err.Error(), "2 vCPUs; its configuration says 1") {
-		t.Errorf("NewIncoming() = %v, %v; want an error", n, err)
+	for cpus, want := range map[int]string{1: "2 vCPUs; its configuration says 1", 99: "give 1 to 8"} {
+		cfg.CPUs = cpus
+		file := &closer{}
+		if n, err := NewIncoming(cfg, Incoming{Requirements: good, Kernel: &Image{Data: file}}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("NewIncoming() with %d vCPUs = %v, %v; want an error with %q", cpus, n, err, want)
+		}
+		if file.closed != 1 {
+			t.Errorf("NewIncoming() with %d vCPUs closed the kernel's image %d times; want once", cpus, file.closed)
+		}
 	}
 }
+
+// closer counts how often it is closed.
+type closer struct {
+	bytes.Reader
+	closed int
+}
+
+func (c *closer) Close() error { c.closed++; return nil }
 
 // A register that this host's KVM lists but does not give to this guest's
 // processor is found with its first vCPU.

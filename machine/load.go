@@ -25,8 +25,9 @@ const (
 // arrives from elsewhere.
 type Incoming struct {
 	Requirements *vmmv1.Requirements
-	// Kernel and Initrd are what a reset of the guest loads. The machine
-	// closes their Data, where it can be closed. Without a kernel the guest
+	// Kernel and Initrd are what a reset of the guest loads. NewIncoming takes
+	// them over, an error or not: their Data is closed, where it can be, with
+	// the machine. Without a kernel the guest
 	// runs all the same, and ends where it asks for a reset.
 	Kernel, Initrd *Image
 }
@@ -40,9 +41,8 @@ func NewIncoming(cfg Config, in Incoming) (*Machine, error) {
 	return build(cfg, &in)
 }
 
-// accept checks what the guest needs and takes what came with it.
+// accept checks what the guest needs.
 func (m *Machine) accept(in *Incoming) error {
-	m.acceptImages(in)
 	need := in.Requirements
 	if err := CheckCompatible(need); err != nil {
 		return err

@@ -114,6 +114,9 @@ func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 			m.Close()
 		}
 	}()
+	if in != nil {
+		m.acceptImages(in) // ours to close from here on
+	}
 	if err := m.cfg.normalize(); err != nil {
 		return nil, err
 	}
