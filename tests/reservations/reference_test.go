@@ -403,7 +403,7 @@ func compare(t *testing.T, u *unit, abort bool) {
 	for _, name := range slices.Sorted(maps.Keys(b.tally)) {
 		n := b.tally[name]
 		t.Logf("%6d good, %5d conflicts, %4d refused: %s", n[0], n[1], n[2], name)
-		if n[0] == 0 && name != pr.ReplaceLostReservation.String() {
+		if ran >= 10 && n[0] == 0 && name != pr.ReplaceLostReservation.String() {
 			t.Errorf("no %s was GOOD: this comparison shows nothing about it", name)
 		}
 	}
