@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -197,6 +198,29 @@ func TestForce(t *testing.T) {
 			t.Error("Force after the end succeeded")
 		}
 	}
+}
+
+// Force is for a guest that was handed over.
+func TestForceTooEarly(t *testing.T) {
+	r := newRig(t, 1<<20)
+	o := r.outgoing()
+	forced := make(chan error, 1)
+	begun := make(chan struct{})
+	r.src.busy = sync.OnceFunc(func() {
+		go func() {
+			close(begun)
+			forced <- o.Force()
+		}()
+		<-begun
+	})
+	arrived := r.receiving()
+	if _, err := o.Run(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if err := <-forced; err == nil {
+		t.Error("a guest that was not handed over was taken back")
+	}
+	<-arrived
 }
 
 // A destination that was given the guest and cannot run it says so; the source

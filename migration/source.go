@@ -786,15 +786,15 @@ func (o *Outgoing) event(late <-chan time.Time) error {
 		reports = o.takeover.reports
 	}
 	ended := o.life
-	var force chan chan error
 	switch {
 	case o.state == handed:
 		ended = o.ctx
-		if o.forcing == nil {
-			force = o.force
-		}
 	case o.deaf:
 		ended = context.Background()
+	}
+	force := o.force
+	if o.forcing != nil {
+		force = nil
 	}
 	select {
 	case m := <-in:
@@ -827,6 +827,10 @@ func (o *Outgoing) event(late <-chan time.Time) error {
 	case <-ended.Done():
 		return context.Cause(ended)
 	case done := <-force:
+		if o.state != handed {
+			done <- errors.New("the guest was not handed over: cancel the migration instead")
+			return nil
+		}
 		o.forcing = done
 		o.takeover.change(func(x *lunTakeover) {
 			x.task.Machine.(*pr.Source).Force()
