@@ -50,7 +50,7 @@ func failed(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, machine.ErrEnded):
+	case errors.Is(err, machine.ErrEnded), errors.Is(err, machine.ErrMoving):
 		return connect.NewError(connect.CodeFailedPrecondition, err)
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, err)

@@ -119,9 +119,19 @@ const (
 // been stopped before it stood.
 func (m *Machine) Pause(ctx context.Context) error { return m.ask(ctx, requestPause, nil) }
 
+// ErrMoving says that a machine is paused because its guest is on its way to
+// another host, or has arrived there: only who moves it may let it run here.
+var ErrMoving = errors.New("the guest is moving to another host: it cannot be resumed here unless that fails")
+
 // Resume lets the vCPUs of a paused machine run on. A machine that runs is
-// left alone. The error is ErrEnded.
-func (m *Machine) Resume() error { return m.ask(context.Background(), requestResume, nil) }
+// left alone. The error is ErrEnded or ErrMoving.
+func (m *Machine) Resume() error {
+	err := m.ask(context.Background(), requestResume, nil)
+	if err == nil && m.moving.Load() {
+		return ErrMoving
+	}
+	return err
+}
 
 // Stop ends the guest at once, as if its power cord had been pulled; Run
 // returns nil. The error is ErrEnded.
@@ -220,6 +230,10 @@ func (m *Machine) pause(ctx context.Context, r request) (over bool, err error) {
 				close(r.done)
 				return true, nil
 			case requestResume:
+				if m.moving.Load() { // a second guest would run on the same disks
+					close(r.done)
+					continue
+				}
 				m.wake()
 				m.enterState(StateRunning, "")
 				m.gate.release()

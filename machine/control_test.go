@@ -127,3 +127,49 @@ func TestPauseBetweenResets(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Once the guest is on its way to another host, an operator cannot let it run
+// here, too, whenever he asks.
+func TestResumeOfAGuestThatMoves(t *testing.T) {
+	m, _, done := start(t, t.Context())
+	d, err := m.Depart(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	asking := make(chan struct{})
+	asked := make(chan struct{})
+	go func() { // at random moments, before, during and after the pause
+		defer close(asked)
+		for {
+			select {
+			case <-asking:
+				return
+			default:
+				_ = m.Resume()
+			}
+		}
+	}()
+	for range 20 {
+		if err := d.Pause(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Resume(); !errors.Is(err, ErrMoving) {
+			t.Fatalf("Resume() of a guest that moves = %v; want ErrMoving", err)
+		}
+		if got := m.State(); got != StatePaused || m.gate.open() {
+			t.Fatalf("state %v, gate open %v", got, m.gate.open())
+		}
+		if err := d.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		if got := m.State(); got != StateRunning {
+			t.Fatalf("after the migration failed: state %v; want running", got)
+		}
+	}
+	close(asking)
+	<-asked
+	if err := m.Stop(); err != nil {
+		t.Error(err)
+	}
+	<-done
+}

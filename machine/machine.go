@@ -66,6 +66,7 @@ type Machine struct {
 	end      func()
 	ending   string // why it has ended; written by Run before end
 	started  atomic.Pointer[time.Time]
+	moving   atomic.Bool  // its Departure has paused it
 	throttle atomic.Int32 // percent
 	slowed   atomic.Bool  // slow runs
 	feed     feed

@@ -72,8 +72,10 @@ func (d *Departure) Attachments() []migration.Attachment { return d.files }
 // TrackDirty begins to note which pages are written.
 func (d *Departure) TrackDirty() (migration.DirtyLog, error) { return d.Machine.TrackDirty() }
 
-// Pause stops the vCPUs and waits until every SCSI command is complete.
+// Pause stops the vCPUs and waits until every SCSI command is complete. From
+// here on nobody but d resumes the guest.
 func (d *Departure) Pause(ctx context.Context) error {
+	d.moving.Store(true)
 	err := d.Machine.Pause(ctx)
 	if err == nil {
 		err = d.Quiesce(ctx)
@@ -84,6 +86,12 @@ func (d *Departure) Pause(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// Resume lets the guest run here after all.
+func (d *Departure) Resume() error {
+	d.moving.Store(false)
+	return d.Machine.Resume()
 }
 
 // Save is the state of the paused machine.
