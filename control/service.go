@@ -28,6 +28,7 @@ type Machine interface {
 	Ended() <-chan struct{}
 	Events() (events <-chan machine.Event, cancel func())
 	Reservation(ctx context.Context, id string) (machine.Reservation, error)
+	Depart(ctx context.Context) (*machine.Departure, error)
 }
 
 // DefaultStopTimeout is the time that a guest has to shut down.
@@ -40,8 +41,9 @@ const (
 
 // service implements vmmv1connect.MachineServiceHandler.
 type service struct {
-	machine Machine
-	version string
+	machine   Machine
+	version   string
+	migration migrations
 }
 
 // failed is err as the API has it: what the client can do about it decides
@@ -70,6 +72,7 @@ func (s *service) Status(context.Context, *connect.Request[vmmv1.StatusRequest])
 		CpuModel:    string(info.CPU),
 		Pid:         uint32(os.Getpid()),
 		Version:     s.version,
+		Migration:   s.migration.standing(),
 	}
 	if !info.Started.IsZero() {
 		r.Started = info.Started.Format(time.RFC3339)
@@ -86,6 +89,9 @@ func (s *service) Version(context.Context, *connect.Request[vmmv1.VersionRequest
 }
 
 func (s *service) Pause(ctx context.Context, _ *connect.Request[vmmv1.PauseRequest]) (*connect.Response[vmmv1.PauseResponse], error) {
+	if err := s.migration.inTheWay(); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, pauseTime)
 	defer cancel()
 	if err := s.machine.Pause(ctx); err != nil {
@@ -94,7 +100,10 @@ func (s *service) Pause(ctx context.Context, _ *connect.Request[vmmv1.PauseReque
 	return connect.NewResponse(&vmmv1.PauseResponse{}), nil
 }
 
-func (s *service) Resume(context.Context, *connect.Request[vmmv1.ResumeRequest]) (*connect.Response[vmmv1.ResumeResponse], error) {
+func (s *service) Resume(_ context.Context, r *connect.Request[vmmv1.ResumeRequest]) (*connect.Response[vmmv1.ResumeResponse], error) {
+	if forced, err := s.migration.force(r.Msg.Force); forced || err != nil {
+		return connect.NewResponse(&vmmv1.ResumeResponse{}), err
+	}
 	if err := s.machine.Resume(); err != nil {
 		return nil, failed(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"io"
 	"os"
 	"sync"
 	"time"
@@ -205,11 +206,16 @@ func (c *Config) message(luns []*lun) *vmmv1.MachineConfig {
 // migration.Host.
 type Reception struct {
 	// Config has what is this host's to say: Name (empty: the guest's own),
-	// Console, Serial, RunDir, Warn. LUNs are those, by their ID, that are not
+	// Console, RunDir, Warn. LUNs are those, by their ID, that are not
 	// to be looked for.
 	Config Config
 	// StateDir is the directory of this host's journal.
 	StateDir string
+	// Serial, if not nil, makes the machine's second serial port, once for each
+	// guest that begins to arrive.
+	Serial func() (io.ReadWriteCloser, error)
+	// Claim, if not nil, is asked whether a guest may have its name here.
+	Claim func(name string) error
 }
 
 var _ migration.Host = (*Reception)(nil)
@@ -219,6 +225,11 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 	cfg, err := r.config(offer)
 	if err != nil {
 		return nil, err
+	}
+	if r.Claim != nil {
+		if err := r.Claim(cfg.Name); err != nil {
+			return nil, err
+		}
 	}
 	a := &Arrival{done: make(chan struct{})}
 	in := Incoming{Requirements: offer.Requirements}
@@ -238,7 +249,13 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 			return nil, fmt.Errorf("the source sends a file called %q, which this version does not know", f.Name)
 		}
 	}
-	// The machine closes the files from here on.
+	if r.Serial != nil {
+		if cfg.Serial, err = r.Serial(); err != nil {
+			a.drop()
+			return nil, err
+		}
+	}
+	// The machine closes the files and the port from here on.
 	if a.m, err = NewIncoming(cfg, in); err != nil {
 		return nil, err
 	}

@@ -29,16 +29,23 @@ a cluster may fence it meanwhile.`,
 }
 
 func newResumeCommand() *cobra.Command {
-	return newStateCommand(&cobra.Command{
+	force := false
+	c := newStateCommand(&cobra.Command{
 		Use:   "resume NAME",
 		Short: "Let a paused guest run on",
 		Long: `Lets the vCPUs of a paused guest run on. One that was fenced while it was paused
-finds out at its next command to the disk. A guest that runs is left alone.`,
+finds out at its next command to the disk. A guest that runs is left alone.
+
+A guest that was handed over to a host which does not answer stays stopped here.
+--force states that the other host is dead, and stays dead: the guest runs here
+again, unless its reservations say that it ran there.`,
 		Example: "  vmm resume web1",
 	}, func(ctx context.Context, c *control.Client) error {
-		_, err := ask(ctx, c, askTime, c.Resume, &vmmv1.ResumeRequest{})
+		_, err := ask(ctx, c, askTime, c.Resume, &vmmv1.ResumeRequest{Force: force})
 		return err
 	})
+	c.Flags().BoolVar(&force, "force", false, "the host which the guest was handed over to is dead")
+	return c
 }
 
 // newStateCommand completes a command that changes the state of one guest and

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"vmm/control"
 	"vmm/machine"
@@ -20,9 +22,8 @@ type runFlags struct {
 	cpus                    int
 	memory, cpu             string
 	luns                    []string
-	serial                  string
 	noReboot                bool
-	stopTimeout             time.Duration
+	foreground
 }
 
 func newRunCommand() *cobra.Command {
@@ -62,9 +63,8 @@ target= says otherwise.`,
 	fs.StringVar(&f.memory, "memory", "512M", "guest memory")
 	fs.StringVar(&f.cpu, "cpu", string(machine.CPUHost), "CPU model: host, x86-64-v2 or x86-64-v3")
 	fs.StringArrayVar(&f.luns, "lun", nil, "a SCSI LUN (repeatable); see above")
-	fs.StringVar(&f.serial, "serial", "", "unix socket, made here, that is the guest's second serial port (ttyS1)")
 	fs.BoolVar(&f.noReboot, "no-reboot", false, "end with status 0 where the guest asks for a reset")
-	fs.DurationVar(&f.stopTimeout, "stop-timeout", control.DefaultStopTimeout, "time between the power button and force")
+	f.foreground.addFlags(fs)
 	return c
 }
 
@@ -126,6 +126,33 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, claim.Close()) }()
+	f.attach(c, &cfg)
+	if f.serial != "" {
+		if cfg.Serial, err = f.port(); err != nil {
+			return err
+		}
+	}
+	m, err := machine.New(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	return f.supervise(c, claim, m, cfg.Warn, func() error { return m.Run(c.Context()) })
+}
+
+// foreground is how a process stays with its guest.
+type foreground struct {
+	serial      string
+	stopTimeout time.Duration
+}
+
+func (f *foreground) addFlags(fs *pflag.FlagSet) {
+	fs.StringVar(&f.serial, "serial", "", "unix socket, made here, that is the guest's second serial port (ttyS1)")
+	fs.DurationVar(&f.stopTimeout, "stop-timeout", control.DefaultStopTimeout, "time between the power button and force")
+}
+
+// attach gives the machine what the process prints to.
+func (f *foreground) attach(c *cobra.Command, cfg *machine.Config) {
 	stderr := c.ErrOrStderr()
 	cfg.Console = c.OutOrStdout()
 	newline := "\n"
@@ -133,23 +160,25 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		newline = "\r\n" // while the guest has the terminal, a line feed does no more than it says
 	}
 	cfg.Warn = func(line string) { fmt.Fprintf(stderr, "vmm: %s%s", line, newline) }
-	if f.serial != "" {
-		port, err := listenSerial(f.serial)
-		if err != nil {
-			return err
-		}
-		cfg.Serial = port
-	}
-	m, err := machine.New(cfg)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, m.Close()) }()
+}
 
+// port makes the second serial port.
+func (f *foreground) port() (io.ReadWriteCloser, error) {
+	port, err := listenSerial(f.serial)
+	if err != nil {
+		return nil, err
+	}
+	return port, nil
+}
+
+// supervise stays with a machine until run returns, which it does when the
+// guest has ended: it serves the control API, types what a person types, and
+// presses the power button on a signal.
+func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machine.Machine, warn func(string), run func() error) error {
 	server := control.NewServer(claim, m, version)
 	go func() {
 		if err := server.Serve(); err != nil {
-			cfg.Warn(fmt.Sprintf("control socket: %v", err))
+			warn(fmt.Sprintf("control socket: %v", err))
 		}
 	}()
 	defer func() {
@@ -158,9 +187,7 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		defer cancel()
 		_ = server.Close(ctx) // a client that does not take its answer is left behind
 	}()
-
-	ctx, force := context.WithCancel(c.Context())
-	defer force()
+	force := func() { _ = m.Stop() } // else it has ended by itself
 	restore, err := attachConsole(c.InOrStdin(), m.ConsoleInput, force)
 	if err != nil {
 		return fmt.Errorf("terminal: %w", err)
@@ -172,13 +199,8 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 	defer signal.Stop(signals)
 	ended := make(chan struct{})
 	defer close(ended)
-	go stopOnSignal(signals, ended, f.stopTimeout, m.PowerButton, force, cfg.Warn)
-
-	err = m.Run(ctx)
-	if errors.Is(err, context.Canceled) && c.Context().Err() == nil {
-		err = nil // the user forced it
-	}
-	return err
+	go stopOnSignal(signals, ended, f.stopTimeout, m.PowerButton, force, warn)
+	return run()
 }
 
 // stopOnSignal presses the power button on the first signal, and forces after

@@ -109,3 +109,8 @@ func SomeReservation() machine.Reservation {
 
 // ErrBroken is a disk that does not answer.
 var ErrBroken = errors.New("the disk does not answer")
+
+// Depart refuses: there is no guest.
+func (m *Machine) Depart(context.Context) (*machine.Departure, error) {
+	return nil, errors.New("a machine without a guest cannot migrate")
+}

@@ -157,6 +157,12 @@ func (v *vm) connect() {
 	if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, "guest: init") }); err != nil {
 		v.t.Fatalf("the guest's first process did not run: %v", err)
 	}
+	v.dial()
+}
+
+// dial reaches the agent of a guest that has booted.
+func (v *vm) dial() {
+	v.t.Helper()
 	conn, err := net.Dial("unix", v.serial)
 	if err != nil {
 		v.t.Fatal(err)

@@ -82,6 +82,8 @@ type StatusResponse struct {
 	// UptimeSeconds is the time since then, pauses included.
 	UptimeSeconds float64 `protobuf:"fixed64,9,opt,name=uptime_seconds,json=uptimeSeconds,proto3" json:"uptime_seconds,omitempty"`
 	Luns          []*Lun  `protobuf:"bytes,10,rep,name=luns,proto3" json:"luns,omitempty"`
+	// Migration says what stands about a migration away from here; empty: nothing.
+	Migration     string `protobuf:"bytes,11,opt,name=migration,proto3" json:"migration,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -184,6 +186,13 @@ func (x *StatusResponse) GetLuns() []*Lun {
 		return x.Luns
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetMigration() string {
+	if x != nil {
+		return x.Migration
+	}
+	return ""
 }
 
 type VersionRequest struct {
@@ -347,7 +356,10 @@ func (*PauseResponse) Descriptor() ([]byte, []int) {
 }
 
 type ResumeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Force says that the host which the guest was handed over to is dead, and
+	// stays dead: the guest runs here again if its reservations can be had.
+	Force         bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -380,6 +392,13 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
 	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ResumeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type ResumeResponse struct {
@@ -1012,6 +1031,632 @@ func (x *GuestReservation) GetDoubt() bool {
 	return false
 }
 
+type MigrateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Address is tcp://HOST:PORT, HOST:PORT or unix:///PATH.
+	Address string `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	// TlsDir is a directory on this host with ca.pem, cert.pem and key.pem;
+	// empty: no TLS.
+	TlsDir string `protobuf:"bytes,2,opt,name=tls_dir,json=tlsDir,proto3" json:"tls_dir,omitempty"`
+	// Insecure allows other hosts' addresses without TLS.
+	Insecure bool `protobuf:"varint,3,opt,name=insecure,proto3" json:"insecure,omitempty"`
+	// Peer is the name that the other host's certificate must have; empty: the
+	// address's host.
+	Peer string `protobuf:"bytes,4,opt,name=peer,proto3" json:"peer,omitempty"`
+	// Channels is the number of data connections, 1 to 64; 0: 1.
+	Channels uint32 `protobuf:"varint,5,opt,name=channels,proto3" json:"channels,omitempty"`
+	// DowntimeMs is how long the guest may stand still; 0: 300.
+	DowntimeMs uint64 `protobuf:"varint,6,opt,name=downtime_ms,json=downtimeMs,proto3" json:"downtime_ms,omitempty"`
+	// MaxBandwidth bounds the copy while the guest runs, in bytes per second; 0:
+	// unbounded.
+	MaxBandwidth uint64 `protobuf:"varint,7,opt,name=max_bandwidth,json=maxBandwidth,proto3" json:"max_bandwidth,omitempty"`
+	// TimeoutMs gives the migration up if the guest has not stopped by then; 0:
+	// never.
+	TimeoutMs     uint64 `protobuf:"varint,8,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrateRequest) Reset() {
+	*x = MigrateRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrateRequest) ProtoMessage() {}
+
+func (x *MigrateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrateRequest.ProtoReflect.Descriptor instead.
+func (*MigrateRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *MigrateRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *MigrateRequest) GetTlsDir() string {
+	if x != nil {
+		return x.TlsDir
+	}
+	return ""
+}
+
+func (x *MigrateRequest) GetInsecure() bool {
+	if x != nil {
+		return x.Insecure
+	}
+	return false
+}
+
+func (x *MigrateRequest) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *MigrateRequest) GetChannels() uint32 {
+	if x != nil {
+		return x.Channels
+	}
+	return 0
+}
+
+func (x *MigrateRequest) GetDowntimeMs() uint64 {
+	if x != nil {
+		return x.DowntimeMs
+	}
+	return 0
+}
+
+func (x *MigrateRequest) GetMaxBandwidth() uint64 {
+	if x != nil {
+		return x.MaxBandwidth
+	}
+	return 0
+}
+
+func (x *MigrateRequest) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+// MigrateResponse is one step of a migration.
+type MigrateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Body:
+	//
+	//	*MigrateResponse_Progress
+	//	*MigrateResponse_Summary
+	Body          isMigrateResponse_Body `protobuf_oneof:"body"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrateResponse) Reset() {
+	*x = MigrateResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrateResponse) ProtoMessage() {}
+
+func (x *MigrateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrateResponse.ProtoReflect.Descriptor instead.
+func (*MigrateResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *MigrateResponse) GetBody() isMigrateResponse_Body {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *MigrateResponse) GetProgress() *MigrationProgress {
+	if x != nil {
+		if x, ok := x.Body.(*MigrateResponse_Progress); ok {
+			return x.Progress
+		}
+	}
+	return nil
+}
+
+func (x *MigrateResponse) GetSummary() *MigrationSummary {
+	if x != nil {
+		if x, ok := x.Body.(*MigrateResponse_Summary); ok {
+			return x.Summary
+		}
+	}
+	return nil
+}
+
+type isMigrateResponse_Body interface {
+	isMigrateResponse_Body()
+}
+
+type MigrateResponse_Progress struct {
+	Progress *MigrationProgress `protobuf:"bytes,1,opt,name=progress,proto3,oneof"`
+}
+
+type MigrateResponse_Summary struct {
+	Summary *MigrationSummary `protobuf:"bytes,2,opt,name=summary,proto3,oneof"`
+}
+
+func (*MigrateResponse_Progress) isMigrateResponse_Body() {}
+
+func (*MigrateResponse_Summary) isMigrateResponse_Body() {}
+
+// MigrationProgress comes about once a second, and at each round.
+type MigrationProgress struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Round          uint32                 `protobuf:"varint,1,opt,name=round,proto3" json:"round,omitempty"`
+	RemainingBytes uint64                 `protobuf:"varint,2,opt,name=remaining_bytes,json=remainingBytes,proto3" json:"remaining_bytes,omitempty"`
+	SentBytes      uint64                 `protobuf:"varint,3,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
+	// DirtyRate is what the guest writes anew, Bandwidth what is sent, in bytes
+	// per second.
+	DirtyRate uint64 `protobuf:"varint,4,opt,name=dirty_rate,json=dirtyRate,proto3" json:"dirty_rate,omitempty"`
+	Bandwidth uint64 `protobuf:"varint,5,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	// ExpectedDowntimeMs is the downtime if the guest were stopped now.
+	ExpectedDowntimeMs uint64 `protobuf:"varint,6,opt,name=expected_downtime_ms,json=expectedDowntimeMs,proto3" json:"expected_downtime_ms,omitempty"`
+	// Throttle is the part of its time that the guest is kept from running,
+	// in percent.
+	Throttle uint32 `protobuf:"varint,7,opt,name=throttle,proto3" json:"throttle,omitempty"`
+	// HandedOver says why it is not known whether the guest runs at the other
+	// host, once it was handed over.
+	HandedOver    string `protobuf:"bytes,8,opt,name=handed_over,json=handedOver,proto3" json:"handed_over,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrationProgress) Reset() {
+	*x = MigrationProgress{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrationProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrationProgress) ProtoMessage() {}
+
+func (x *MigrationProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrationProgress.ProtoReflect.Descriptor instead.
+func (*MigrationProgress) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *MigrationProgress) GetRound() uint32 {
+	if x != nil {
+		return x.Round
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetRemainingBytes() uint64 {
+	if x != nil {
+		return x.RemainingBytes
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetSentBytes() uint64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetDirtyRate() uint64 {
+	if x != nil {
+		return x.DirtyRate
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetExpectedDowntimeMs() uint64 {
+	if x != nil {
+		return x.ExpectedDowntimeMs
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetThrottle() uint32 {
+	if x != nil {
+		return x.Throttle
+	}
+	return 0
+}
+
+func (x *MigrationProgress) GetHandedOver() string {
+	if x != nil {
+		return x.HandedOver
+	}
+	return ""
+}
+
+// MigrationSummary is what became of a migration that succeeded.
+type MigrationSummary struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Rounds    uint32                 `protobuf:"varint,2,opt,name=rounds,proto3" json:"rounds,omitempty"`
+	SentBytes uint64                 `protobuf:"varint,3,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
+	TotalUs   uint64                 `protobuf:"varint,4,opt,name=total_us,json=totalUs,proto3" json:"total_us,omitempty"`
+	Downtime  *MigrationDowntime     `protobuf:"bytes,5,opt,name=downtime,proto3" json:"downtime,omitempty"`
+	// Luns are the reservations' outcomes at the other host, Left what stays
+	// here.
+	Luns          []*MigratedLun `protobuf:"bytes,6,rep,name=luns,proto3" json:"luns,omitempty"`
+	Left          []*MigratedLun `protobuf:"bytes,7,rep,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrationSummary) Reset() {
+	*x = MigrationSummary{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrationSummary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrationSummary) ProtoMessage() {}
+
+func (x *MigrationSummary) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrationSummary.ProtoReflect.Descriptor instead.
+func (*MigrationSummary) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *MigrationSummary) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *MigrationSummary) GetRounds() uint32 {
+	if x != nil {
+		return x.Rounds
+	}
+	return 0
+}
+
+func (x *MigrationSummary) GetSentBytes() uint64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
+func (x *MigrationSummary) GetTotalUs() uint64 {
+	if x != nil {
+		return x.TotalUs
+	}
+	return 0
+}
+
+func (x *MigrationSummary) GetDowntime() *MigrationDowntime {
+	if x != nil {
+		return x.Downtime
+	}
+	return nil
+}
+
+func (x *MigrationSummary) GetLuns() []*MigratedLun {
+	if x != nil {
+		return x.Luns
+	}
+	return nil
+}
+
+func (x *MigrationSummary) GetLeft() []*MigratedLun {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+// MigratedLun is how the takeover of one LUN's reservation ended.
+type MigratedLun struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Sentence is for an operator.
+	Sentence      string `protobuf:"bytes,2,opt,name=sentence,proto3" json:"sentence,omitempty"`
+	TakeoverUs    uint64 `protobuf:"varint,3,opt,name=takeover_us,json=takeoverUs,proto3" json:"takeover_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigratedLun) Reset() {
+	*x = MigratedLun{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigratedLun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigratedLun) ProtoMessage() {}
+
+func (x *MigratedLun) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigratedLun.ProtoReflect.Descriptor instead.
+func (*MigratedLun) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *MigratedLun) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *MigratedLun) GetSentence() string {
+	if x != nil {
+		return x.Sentence
+	}
+	return ""
+}
+
+func (x *MigratedLun) GetTakeoverUs() uint64 {
+	if x != nil {
+		return x.TakeoverUs
+	}
+	return 0
+}
+
+// MigrationDowntime is the time from the vCPUs' stop to their start, in
+// microseconds, and its parts. What is in none of them is the network's.
+type MigrationDowntime struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TotalUs       uint64                 `protobuf:"varint,1,opt,name=total_us,json=totalUs,proto3" json:"total_us,omitempty"`
+	StopUs        uint64                 `protobuf:"varint,2,opt,name=stop_us,json=stopUs,proto3" json:"stop_us,omitempty"`
+	SaveUs        uint64                 `protobuf:"varint,3,opt,name=save_us,json=saveUs,proto3" json:"save_us,omitempty"`
+	PagesUs       uint64                 `protobuf:"varint,4,opt,name=pages_us,json=pagesUs,proto3" json:"pages_us,omitempty"`
+	LoadUs        uint64                 `protobuf:"varint,5,opt,name=load_us,json=loadUs,proto3" json:"load_us,omitempty"`
+	TakeoverUs    uint64                 `protobuf:"varint,6,opt,name=takeover_us,json=takeoverUs,proto3" json:"takeover_us,omitempty"`
+	StartUs       uint64                 `protobuf:"varint,7,opt,name=start_us,json=startUs,proto3" json:"start_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrationDowntime) Reset() {
+	*x = MigrationDowntime{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrationDowntime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrationDowntime) ProtoMessage() {}
+
+func (x *MigrationDowntime) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrationDowntime.ProtoReflect.Descriptor instead.
+func (*MigrationDowntime) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *MigrationDowntime) GetTotalUs() uint64 {
+	if x != nil {
+		return x.TotalUs
+	}
+	return 0
+}
+
+func (x *MigrationDowntime) GetStopUs() uint64 {
+	if x != nil {
+		return x.StopUs
+	}
+	return 0
+}
+
+func (x *MigrationDowntime) GetSaveUs() uint64 {
+	if x != nil {
+		return x.SaveUs
+	}
+	return 0
+}
+
+func (x *MigrationDowntime) GetPagesUs() uint64 {
+	if x != nil {
+		return x.PagesUs
+	}
+	return 0
+}
+
+func (x *MigrationDowntime) GetLoadUs() uint64 {
+	if x != nil {
+		return x.LoadUs
+	}
+	return 0
+}
+
+func (x *MigrationDowntime) GetTakeoverUs() uint64 {
+	if x != nil {
+		return x.TakeoverUs
+	}
+	return 0
+}
+
+func (x *MigrationDowntime) GetStartUs() uint64 {
+	if x != nil {
+		return x.StartUs
+	}
+	return 0
+}
+
+type CancelMigrationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelMigrationRequest) Reset() {
+	*x = CancelMigrationRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelMigrationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelMigrationRequest) ProtoMessage() {}
+
+func (x *CancelMigrationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelMigrationRequest.ProtoReflect.Descriptor instead.
+func (*CancelMigrationRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{22}
+}
+
+type CancelMigrationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelMigrationResponse) Reset() {
+	*x = CancelMigrationResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelMigrationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelMigrationResponse) ProtoMessage() {}
+
+func (x *CancelMigrationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelMigrationResponse.ProtoReflect.Descriptor instead.
+func (*CancelMigrationResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{23}
+}
+
 type EventsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1020,7 +1665,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[16]
+	mi := &file_vmm_v1_machine_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1677,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[16]
+	mi := &file_vmm_v1_machine_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1690,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{16}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{24}
 }
 
 // Event is something that happened to a machine.
@@ -1068,7 +1713,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[17]
+	mi := &file_vmm_v1_machine_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1725,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[17]
+	mi := &file_vmm_v1_machine_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1738,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{17}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Event) GetTime() string {
@@ -1136,7 +1781,7 @@ var File_vmm_v1_machine_proto protoreflect.FileDescriptor
 const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\n" +
 	"\x14vmm/v1/machine.proto\x12\x06vmm.v1\"\x0f\n" +
-	"\rStatusRequest\"\x9c\x02\n" +
+	"\rStatusRequest\"\xba\x02\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
@@ -1148,14 +1793,16 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\astarted\x18\b \x01(\tR\astarted\x12%\n" +
 	"\x0euptime_seconds\x18\t \x01(\x01R\ruptimeSeconds\x12\x1f\n" +
 	"\x04luns\x18\n" +
-	" \x03(\v2\v.vmm.v1.LunR\x04luns\"\x10\n" +
+	" \x03(\v2\v.vmm.v1.LunR\x04luns\x12\x1c\n" +
+	"\tmigration\x18\v \x01(\tR\tmigration\"\x10\n" +
 	"\x0eVersionRequest\";\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x0e\n" +
 	"\x02go\x18\x02 \x01(\tR\x02go\"\x0e\n" +
 	"\fPauseRequest\"\x0f\n" +
-	"\rPauseResponse\"\x0f\n" +
-	"\rResumeRequest\"\x10\n" +
+	"\rPauseResponse\"%\n" +
+	"\rResumeRequest\x12\x14\n" +
+	"\x05force\x18\x01 \x01(\bR\x05force\"\x10\n" +
 	"\x0eResumeResponse\"V\n" +
 	"\vStopRequest\x12\"\n" +
 	"\n" +
@@ -1208,21 +1855,75 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\x04type\x18\x02 \x01(\rR\x04type\x12\x14\n" +
 	"\x05aptpl\x18\x03 \x01(\bR\x05aptpl\x12\x12\n" +
 	"\x04spc2\x18\x04 \x01(\bR\x04spc2\x12\x14\n" +
-	"\x05doubt\x18\x05 \x01(\bR\x05doubt\"\x0f\n" +
+	"\x05doubt\x18\x05 \x01(\bR\x05doubt\"\xf4\x01\n" +
+	"\x0eMigrateRequest\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x17\n" +
+	"\atls_dir\x18\x02 \x01(\tR\x06tlsDir\x12\x1a\n" +
+	"\binsecure\x18\x03 \x01(\bR\binsecure\x12\x12\n" +
+	"\x04peer\x18\x04 \x01(\tR\x04peer\x12\x1a\n" +
+	"\bchannels\x18\x05 \x01(\rR\bchannels\x12\x1f\n" +
+	"\vdowntime_ms\x18\x06 \x01(\x04R\n" +
+	"downtimeMs\x12#\n" +
+	"\rmax_bandwidth\x18\a \x01(\x04R\fmaxBandwidth\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\b \x01(\x04R\ttimeoutMs\"\x88\x01\n" +
+	"\x0fMigrateResponse\x127\n" +
+	"\bprogress\x18\x01 \x01(\v2\x19.vmm.v1.MigrationProgressH\x00R\bprogress\x124\n" +
+	"\asummary\x18\x02 \x01(\v2\x18.vmm.v1.MigrationSummaryH\x00R\asummaryB\x06\n" +
+	"\x04body\"\x9d\x02\n" +
+	"\x11MigrationProgress\x12\x14\n" +
+	"\x05round\x18\x01 \x01(\rR\x05round\x12'\n" +
+	"\x0fremaining_bytes\x18\x02 \x01(\x04R\x0eremainingBytes\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\x03 \x01(\x04R\tsentBytes\x12\x1d\n" +
+	"\n" +
+	"dirty_rate\x18\x04 \x01(\x04R\tdirtyRate\x12\x1c\n" +
+	"\tbandwidth\x18\x05 \x01(\x04R\tbandwidth\x120\n" +
+	"\x14expected_downtime_ms\x18\x06 \x01(\x04R\x12expectedDowntimeMs\x12\x1a\n" +
+	"\bthrottle\x18\a \x01(\rR\bthrottle\x12\x1f\n" +
+	"\vhanded_over\x18\b \x01(\tR\n" +
+	"handedOver\"\xfd\x01\n" +
+	"\x10MigrationSummary\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06rounds\x18\x02 \x01(\rR\x06rounds\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\x03 \x01(\x04R\tsentBytes\x12\x19\n" +
+	"\btotal_us\x18\x04 \x01(\x04R\atotalUs\x125\n" +
+	"\bdowntime\x18\x05 \x01(\v2\x19.vmm.v1.MigrationDowntimeR\bdowntime\x12'\n" +
+	"\x04luns\x18\x06 \x03(\v2\x13.vmm.v1.MigratedLunR\x04luns\x12'\n" +
+	"\x04left\x18\a \x03(\v2\x13.vmm.v1.MigratedLunR\x04left\"Z\n" +
+	"\vMigratedLun\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
+	"\bsentence\x18\x02 \x01(\tR\bsentence\x12\x1f\n" +
+	"\vtakeover_us\x18\x03 \x01(\x04R\n" +
+	"takeoverUs\"\xd0\x01\n" +
+	"\x11MigrationDowntime\x12\x19\n" +
+	"\btotal_us\x18\x01 \x01(\x04R\atotalUs\x12\x17\n" +
+	"\astop_us\x18\x02 \x01(\x04R\x06stopUs\x12\x17\n" +
+	"\asave_us\x18\x03 \x01(\x04R\x06saveUs\x12\x19\n" +
+	"\bpages_us\x18\x04 \x01(\x04R\apagesUs\x12\x17\n" +
+	"\aload_us\x18\x05 \x01(\x04R\x06loadUs\x12\x1f\n" +
+	"\vtakeover_us\x18\x06 \x01(\x04R\n" +
+	"takeoverUs\x12\x19\n" +
+	"\bstart_us\x18\a \x01(\x04R\astartUs\"\x18\n" +
+	"\x16CancelMigrationRequest\"\x19\n" +
+	"\x17CancelMigrationResponse\"\x0f\n" +
 	"\rEventsRequest\"q\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04time\x18\x01 \x01(\tR\x04time\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x12\n" +
 	"\x04text\x18\x04 \x01(\tR\x04text\x12\x16\n" +
-	"\x06missed\x18\x05 \x01(\rR\x06missed2\x96\x03\n" +
+	"\x06missed\x18\x05 \x01(\rR\x06missed2\xa8\x04\n" +
 	"\x0eMachineService\x12<\n" +
 	"\x06Status\x12\x15.vmm.v1.StatusRequest\x1a\x16.vmm.v1.StatusResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\aVersion\x12\x16.vmm.v1.VersionRequest\x1a\x17.vmm.v1.VersionResponse\"\x03\x90\x02\x01\x124\n" +
 	"\x05Pause\x12\x14.vmm.v1.PauseRequest\x1a\x15.vmm.v1.PauseResponse\x127\n" +
 	"\x06Resume\x12\x15.vmm.v1.ResumeRequest\x1a\x16.vmm.v1.ResumeResponse\x121\n" +
 	"\x04Stop\x12\x13.vmm.v1.StopRequest\x1a\x14.vmm.v1.StopResponse\x121\n" +
-	"\x04Luns\x12\x13.vmm.v1.LunsRequest\x1a\x14.vmm.v1.LunsResponse\x120\n" +
+	"\x04Luns\x12\x13.vmm.v1.LunsRequest\x1a\x14.vmm.v1.LunsResponse\x12<\n" +
+	"\aMigrate\x12\x16.vmm.v1.MigrateRequest\x1a\x17.vmm.v1.MigrateResponse0\x01\x12R\n" +
+	"\x0fCancelMigration\x12\x1e.vmm.v1.CancelMigrationRequest\x1a\x1f.vmm.v1.CancelMigrationResponse\x120\n" +
 	"\x06Events\x12\x15.vmm.v1.EventsRequest\x1a\r.vmm.v1.Event0\x01B\x18Z\x16vmm/proto/vmm/v1;vmmv1b\x06proto3"
 
 var (
@@ -1237,26 +1938,34 @@ func file_vmm_v1_machine_proto_rawDescGZIP() []byte {
 	return file_vmm_v1_machine_proto_rawDescData
 }
 
-var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_vmm_v1_machine_proto_goTypes = []any{
-	(*StatusRequest)(nil),    // 0: vmm.v1.StatusRequest
-	(*StatusResponse)(nil),   // 1: vmm.v1.StatusResponse
-	(*VersionRequest)(nil),   // 2: vmm.v1.VersionRequest
-	(*VersionResponse)(nil),  // 3: vmm.v1.VersionResponse
-	(*PauseRequest)(nil),     // 4: vmm.v1.PauseRequest
-	(*PauseResponse)(nil),    // 5: vmm.v1.PauseResponse
-	(*ResumeRequest)(nil),    // 6: vmm.v1.ResumeRequest
-	(*ResumeResponse)(nil),   // 7: vmm.v1.ResumeResponse
-	(*StopRequest)(nil),      // 8: vmm.v1.StopRequest
-	(*StopResponse)(nil),     // 9: vmm.v1.StopResponse
-	(*LunsRequest)(nil),      // 10: vmm.v1.LunsRequest
-	(*LunsResponse)(nil),     // 11: vmm.v1.LunsResponse
-	(*Lun)(nil),              // 12: vmm.v1.Lun
-	(*Reservations)(nil),     // 13: vmm.v1.Reservations
-	(*Registrant)(nil),       // 14: vmm.v1.Registrant
-	(*GuestReservation)(nil), // 15: vmm.v1.GuestReservation
-	(*EventsRequest)(nil),    // 16: vmm.v1.EventsRequest
-	(*Event)(nil),            // 17: vmm.v1.Event
+	(*StatusRequest)(nil),           // 0: vmm.v1.StatusRequest
+	(*StatusResponse)(nil),          // 1: vmm.v1.StatusResponse
+	(*VersionRequest)(nil),          // 2: vmm.v1.VersionRequest
+	(*VersionResponse)(nil),         // 3: vmm.v1.VersionResponse
+	(*PauseRequest)(nil),            // 4: vmm.v1.PauseRequest
+	(*PauseResponse)(nil),           // 5: vmm.v1.PauseResponse
+	(*ResumeRequest)(nil),           // 6: vmm.v1.ResumeRequest
+	(*ResumeResponse)(nil),          // 7: vmm.v1.ResumeResponse
+	(*StopRequest)(nil),             // 8: vmm.v1.StopRequest
+	(*StopResponse)(nil),            // 9: vmm.v1.StopResponse
+	(*LunsRequest)(nil),             // 10: vmm.v1.LunsRequest
+	(*LunsResponse)(nil),            // 11: vmm.v1.LunsResponse
+	(*Lun)(nil),                     // 12: vmm.v1.Lun
+	(*Reservations)(nil),            // 13: vmm.v1.Reservations
+	(*Registrant)(nil),              // 14: vmm.v1.Registrant
+	(*GuestReservation)(nil),        // 15: vmm.v1.GuestReservation
+	(*MigrateRequest)(nil),          // 16: vmm.v1.MigrateRequest
+	(*MigrateResponse)(nil),         // 17: vmm.v1.MigrateResponse
+	(*MigrationProgress)(nil),       // 18: vmm.v1.MigrationProgress
+	(*MigrationSummary)(nil),        // 19: vmm.v1.MigrationSummary
+	(*MigratedLun)(nil),             // 20: vmm.v1.MigratedLun
+	(*MigrationDowntime)(nil),       // 21: vmm.v1.MigrationDowntime
+	(*CancelMigrationRequest)(nil),  // 22: vmm.v1.CancelMigrationRequest
+	(*CancelMigrationResponse)(nil), // 23: vmm.v1.CancelMigrationResponse
+	(*EventsRequest)(nil),           // 24: vmm.v1.EventsRequest
+	(*Event)(nil),                   // 25: vmm.v1.Event
 }
 var file_vmm_v1_machine_proto_depIdxs = []int32{
 	12, // 0: vmm.v1.StatusResponse.luns:type_name -> vmm.v1.Lun
@@ -1264,25 +1973,34 @@ var file_vmm_v1_machine_proto_depIdxs = []int32{
 	13, // 2: vmm.v1.Lun.reservations:type_name -> vmm.v1.Reservations
 	14, // 3: vmm.v1.Reservations.registrants:type_name -> vmm.v1.Registrant
 	15, // 4: vmm.v1.Reservations.guest:type_name -> vmm.v1.GuestReservation
-	0,  // 5: vmm.v1.MachineService.Status:input_type -> vmm.v1.StatusRequest
-	2,  // 6: vmm.v1.MachineService.Version:input_type -> vmm.v1.VersionRequest
-	4,  // 7: vmm.v1.MachineService.Pause:input_type -> vmm.v1.PauseRequest
-	6,  // 8: vmm.v1.MachineService.Resume:input_type -> vmm.v1.ResumeRequest
-	8,  // 9: vmm.v1.MachineService.Stop:input_type -> vmm.v1.StopRequest
-	10, // 10: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
-	16, // 11: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
-	1,  // 12: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
-	3,  // 13: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
-	5,  // 14: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
-	7,  // 15: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
-	9,  // 16: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
-	11, // 17: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
-	17, // 18: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
-	12, // [12:19] is the sub-list for method output_type
-	5,  // [5:12] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	18, // 5: vmm.v1.MigrateResponse.progress:type_name -> vmm.v1.MigrationProgress
+	19, // 6: vmm.v1.MigrateResponse.summary:type_name -> vmm.v1.MigrationSummary
+	21, // 7: vmm.v1.MigrationSummary.downtime:type_name -> vmm.v1.MigrationDowntime
+	20, // 8: vmm.v1.MigrationSummary.luns:type_name -> vmm.v1.MigratedLun
+	20, // 9: vmm.v1.MigrationSummary.left:type_name -> vmm.v1.MigratedLun
+	0,  // 10: vmm.v1.MachineService.Status:input_type -> vmm.v1.StatusRequest
+	2,  // 11: vmm.v1.MachineService.Version:input_type -> vmm.v1.VersionRequest
+	4,  // 12: vmm.v1.MachineService.Pause:input_type -> vmm.v1.PauseRequest
+	6,  // 13: vmm.v1.MachineService.Resume:input_type -> vmm.v1.ResumeRequest
+	8,  // 14: vmm.v1.MachineService.Stop:input_type -> vmm.v1.StopRequest
+	10, // 15: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
+	16, // 16: vmm.v1.MachineService.Migrate:input_type -> vmm.v1.MigrateRequest
+	22, // 17: vmm.v1.MachineService.CancelMigration:input_type -> vmm.v1.CancelMigrationRequest
+	24, // 18: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
+	1,  // 19: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
+	3,  // 20: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
+	5,  // 21: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
+	7,  // 22: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
+	9,  // 23: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
+	11, // 24: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
+	17, // 25: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
+	23, // 26: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
+	25, // 27: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
+	19, // [19:28] is the sub-list for method output_type
+	10, // [10:19] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_vmm_v1_machine_proto_init() }
@@ -1291,13 +2009,17 @@ func file_vmm_v1_machine_proto_init() {
 		return
 	}
 	file_vmm_v1_machine_proto_msgTypes[8].OneofWrappers = []any{}
+	file_vmm_v1_machine_proto_msgTypes[17].OneofWrappers = []any{
+		(*MigrateResponse_Progress)(nil),
+		(*MigrateResponse_Summary)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmm_v1_machine_proto_rawDesc), len(file_vmm_v1_machine_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -52,6 +52,11 @@ const (
 	MachineServiceStopProcedure = "/vmm.v1.MachineService/Stop"
 	// MachineServiceLunsProcedure is the fully-qualified name of the MachineService's Luns RPC.
 	MachineServiceLunsProcedure = "/vmm.v1.MachineService/Luns"
+	// MachineServiceMigrateProcedure is the fully-qualified name of the MachineService's Migrate RPC.
+	MachineServiceMigrateProcedure = "/vmm.v1.MachineService/Migrate"
+	// MachineServiceCancelMigrationProcedure is the fully-qualified name of the MachineService's
+	// CancelMigration RPC.
+	MachineServiceCancelMigrationProcedure = "/vmm.v1.MachineService/CancelMigration"
 	// MachineServiceEventsProcedure is the fully-qualified name of the MachineService's Events RPC.
 	MachineServiceEventsProcedure = "/vmm.v1.MachineService/Events"
 )
@@ -75,6 +80,14 @@ type MachineServiceClient interface {
 	// Luns lists the logical units and, by asking the disks, their
 	// reservations. The guest loses no unit attention by it.
 	Luns(context.Context, *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error)
+	// Migrate moves the guest to a host that waits for it (vmm receive), and
+	// tells how far that is; the last answer is the summary, and then the machine
+	// ends. A client that leaves does not end the migration: CancelMigration
+	// does.
+	Migrate(context.Context, *connect.Request[v1.MigrateRequest]) (*connect.ServerStreamForClient[v1.MigrateResponse], error)
+	// CancelMigration gives the migration up, unless the guest has been handed
+	// over; it answers at once. Migrate's answer says how it ended.
+	CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error)
 	// Events tells what happens to the machine, beginning with the state it is
 	// in, until the machine ends. A client that does not keep up misses events,
 	// and is told how many.
@@ -130,6 +143,18 @@ func NewMachineServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(machineServiceMethods.ByName("Luns")),
 			connect.WithClientOptions(opts...),
 		),
+		migrate: connect.NewClient[v1.MigrateRequest, v1.MigrateResponse](
+			httpClient,
+			baseURL+MachineServiceMigrateProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("Migrate")),
+			connect.WithClientOptions(opts...),
+		),
+		cancelMigration: connect.NewClient[v1.CancelMigrationRequest, v1.CancelMigrationResponse](
+			httpClient,
+			baseURL+MachineServiceCancelMigrationProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("CancelMigration")),
+			connect.WithClientOptions(opts...),
+		),
 		events: connect.NewClient[v1.EventsRequest, v1.Event](
 			httpClient,
 			baseURL+MachineServiceEventsProcedure,
@@ -141,13 +166,15 @@ func NewMachineServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 
 // machineServiceClient implements MachineServiceClient.
 type machineServiceClient struct {
-	status  *connect.Client[v1.StatusRequest, v1.StatusResponse]
-	version *connect.Client[v1.VersionRequest, v1.VersionResponse]
-	pause   *connect.Client[v1.PauseRequest, v1.PauseResponse]
-	resume  *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
-	stop    *connect.Client[v1.StopRequest, v1.StopResponse]
-	luns    *connect.Client[v1.LunsRequest, v1.LunsResponse]
-	events  *connect.Client[v1.EventsRequest, v1.Event]
+	status          *connect.Client[v1.StatusRequest, v1.StatusResponse]
+	version         *connect.Client[v1.VersionRequest, v1.VersionResponse]
+	pause           *connect.Client[v1.PauseRequest, v1.PauseResponse]
+	resume          *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
+	stop            *connect.Client[v1.StopRequest, v1.StopResponse]
+	luns            *connect.Client[v1.LunsRequest, v1.LunsResponse]
+	migrate         *connect.Client[v1.MigrateRequest, v1.MigrateResponse]
+	cancelMigration *connect.Client[v1.CancelMigrationRequest, v1.CancelMigrationResponse]
+	events          *connect.Client[v1.EventsRequest, v1.Event]
 }
 
 // Status calls vmm.v1.MachineService.Status.
@@ -180,6 +207,16 @@ func (c *machineServiceClient) Luns(ctx context.Context, req *connect.Request[v1
 	return c.luns.CallUnary(ctx, req)
 }
 
+// Migrate calls vmm.v1.MachineService.Migrate.
+func (c *machineServiceClient) Migrate(ctx context.Context, req *connect.Request[v1.MigrateRequest]) (*connect.ServerStreamForClient[v1.MigrateResponse], error) {
+	return c.migrate.CallServerStream(ctx, req)
+}
+
+// CancelMigration calls vmm.v1.MachineService.CancelMigration.
+func (c *machineServiceClient) CancelMigration(ctx context.Context, req *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error) {
+	return c.cancelMigration.CallUnary(ctx, req)
+}
+
 // Events calls vmm.v1.MachineService.Events.
 func (c *machineServiceClient) Events(ctx context.Context, req *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error) {
 	return c.events.CallServerStream(ctx, req)
@@ -204,6 +241,14 @@ type MachineServiceHandler interface {
 	// Luns lists the logical units and, by asking the disks, their
 	// reservations. The guest loses no unit attention by it.
 	Luns(context.Context, *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error)
+	// Migrate moves the guest to a host that waits for it (vmm receive), and
+	// tells how far that is; the last answer is the summary, and then the machine
+	// ends. A client that leaves does not end the migration: CancelMigration
+	// does.
+	Migrate(context.Context, *connect.Request[v1.MigrateRequest], *connect.ServerStream[v1.MigrateResponse]) error
+	// CancelMigration gives the migration up, unless the guest has been handed
+	// over; it answers at once. Migrate's answer says how it ended.
+	CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error)
 	// Events tells what happens to the machine, beginning with the state it is
 	// in, until the machine ends. A client that does not keep up misses events,
 	// and is told how many.
@@ -255,6 +300,18 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 		connect.WithSchema(machineServiceMethods.ByName("Luns")),
 		connect.WithHandlerOptions(opts...),
 	)
+	machineServiceMigrateHandler := connect.NewServerStreamHandler(
+		MachineServiceMigrateProcedure,
+		svc.Migrate,
+		connect.WithSchema(machineServiceMethods.ByName("Migrate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	machineServiceCancelMigrationHandler := connect.NewUnaryHandler(
+		MachineServiceCancelMigrationProcedure,
+		svc.CancelMigration,
+		connect.WithSchema(machineServiceMethods.ByName("CancelMigration")),
+		connect.WithHandlerOptions(opts...),
+	)
 	machineServiceEventsHandler := connect.NewServerStreamHandler(
 		MachineServiceEventsProcedure,
 		svc.Events,
@@ -275,6 +332,10 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 			machineServiceStopHandler.ServeHTTP(w, r)
 		case MachineServiceLunsProcedure:
 			machineServiceLunsHandler.ServeHTTP(w, r)
+		case MachineServiceMigrateProcedure:
+			machineServiceMigrateHandler.ServeHTTP(w, r)
+		case MachineServiceCancelMigrationProcedure:
+			machineServiceCancelMigrationHandler.ServeHTTP(w, r)
 		case MachineServiceEventsProcedure:
 			machineServiceEventsHandler.ServeHTTP(w, r)
 		default:
@@ -308,6 +369,14 @@ func (UnimplementedMachineServiceHandler) Stop(context.Context, *connect.Request
 
 func (UnimplementedMachineServiceHandler) Luns(context.Context, *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.Luns is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) Migrate(context.Context, *connect.Request[v1.MigrateRequest], *connect.ServerStream[v1.MigrateResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.Migrate is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.CancelMigration is not implemented"))
 }
 
 func (UnimplementedMachineServiceHandler) Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error {

@@ -1,0 +1,251 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"vmm/control"
+	"vmm/machine"
+	"vmm/migration"
+	vmmv1 "vmm/proto/vmm/v1"
+)
+
+// tlsFlags say how two hosts know each other.
+type tlsFlags struct {
+	dir      string
+	insecure bool
+}
+
+func (f *tlsFlags) addFlags(c *cobra.Command) {
+	c.Flags().StringVar(&f.dir, "tls-dir", "", "directory with ca.pem, cert.pem and key.pem: mutual TLS 1.3")
+	c.Flags().BoolVar(&f.insecure, "insecure", false, "allow another host without TLS: its network sees the guest's memory")
+}
+
+type migrateFlags struct {
+	format       outputFormat
+	tls          tlsFlags
+	peer         string
+	channels     int
+	downtime     time.Duration
+	maxBandwidth string
+	timeout      time.Duration
+	cancel       bool
+}
+
+func newMigrateCommand() *cobra.Command {
+	var f migrateFlags
+	c := &cobra.Command{
+		Use:   "migrate NAME ADDRESS [flags]",
+		Short: "Move a running guest to a host that waits for it",
+		Long: `Moves a running guest, with its memory, its devices and its SCSI reservations, to
+the vmm receive that waits at ADDRESS: tcp://HOST:PORT, HOST:PORT or unix:///PATH.
+Until the guest is handed over, any failure leaves it running here; Ctrl-C, or
+vmm migrate NAME --cancel from elsewhere, gives the migration up. At the end stands
+what became of each disk's reservation, and vmm run ends here with status 0.`,
+		Example: `  vmm migrate web1 tcp://host2:4444 --tls-dir /etc/vmm/tls
+  vmm migrate web1 unix:///run/vmm/incoming
+  vmm migrate web1 --cancel`,
+		Args: func(_ *cobra.Command, args []string) error {
+			want := 2
+			if f.cancel {
+				want = 1
+			}
+			if len(args) != want {
+				return usageError{errors.New("migrate wants a guest and an address, as in: vmm migrate web1 tcp://host2:4444 (or: vmm migrate web1 --cancel)")}
+			}
+			return validName(args[0])
+		},
+		ValidArgsFunction: completeGuest,
+		RunE: func(c *cobra.Command, args []string) error {
+			client, err := dial(args[0])
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			if f.cancel {
+				_, err := ask(c.Context(), client, askTime, client.CancelMigration, &vmmv1.CancelMigrationRequest{})
+				return err
+			}
+			return f.run(c, client, args[1])
+		},
+	}
+	fs := c.Flags()
+	f.tls.addFlags(c)
+	fs.StringVar(&f.peer, "peer", "", "name that the other host's certificate must have, if not the address's host")
+	fs.IntVar(&f.channels, "channels", 1, fmt.Sprintf("data connections, 1 to %d", migration.MaxChannels))
+	fs.DurationVar(&f.downtime, "downtime", migration.DefaultDowntime, "how long the guest may stand still")
+	fs.StringVar(&f.maxBandwidth, "max-bandwidth", "0", "bytes per second while the guest runs, as in 100M; 0: unbounded")
+	fs.DurationVar(&f.timeout, "timeout", 0, "give up if the guest has not been stopped by then; 0: never")
+	fs.BoolVar(&f.cancel, "cancel", false, "give up the migration that is under way")
+	f.format.addFlag(c)
+	return c
+}
+
+// request is what the flags ask for.
+func (f *migrateFlags) request(address string) (*vmmv1.MigrateRequest, error) {
+	bad := func(flag string, err error) (*vmmv1.MigrateRequest, error) {
+		return nil, usageError{fmt.Errorf("--%s: %w", flag, err)}
+	}
+	if _, err := migration.ParseAddress(address); err != nil {
+		return nil, usageError{err}
+	}
+	if f.channels < 1 || f.channels > migration.MaxChannels {
+		return bad("channels", fmt.Errorf("%d: give 1 to %d", f.channels, migration.MaxChannels))
+	}
+	if f.downtime < time.Millisecond || f.downtime > time.Hour {
+		return bad("downtime", fmt.Errorf("%v: give a time from 1ms to 1h", f.downtime))
+	}
+	if f.timeout < 0 || f.timeout > 0 && f.timeout < time.Millisecond {
+		return bad("timeout", fmt.Errorf("%v: give 1ms or more, or 0 for none", f.timeout))
+	}
+	bandwidth, err := machine.ParseSize(f.maxBandwidth)
+	if err != nil {
+		return bad("max-bandwidth", err)
+	}
+	return &vmmv1.MigrateRequest{
+		Address: address, TlsDir: absolute(f.tls.dir), Insecure: f.tls.insecure, Peer: f.peer, Channels: uint32(f.channels),
+		DowntimeMs: uint64(f.downtime.Milliseconds()), MaxBandwidth: bandwidth, TimeoutMs: uint64(f.timeout.Milliseconds()),
+	}, nil
+}
+
+// run asks the guest's process and follows what it says.
+func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address string) error {
+	request, err := f.request(address)
+	if err != nil {
+		return err
+	}
+	// A signal gives the migration up; its end is still waited for, and told.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		select {
+		case <-signals:
+			_, _ = ask(context.Background(), client, askTime, client.CancelMigration, &vmmv1.CancelMigrationRequest{}) // else it has just ended
+		case <-over:
+		}
+	}()
+	steps, err := client.Migrate(c.Context(), connect.NewRequest(request))
+	if err != nil {
+		return client.Explain(err)
+	}
+	defer steps.Close()
+	show := f.shower(c)
+	var summary *vmmv1.MigrationSummary
+	for steps.Receive() {
+		m := steps.Msg()
+		if p := m.GetProgress(); p != nil {
+			if err := show.progress(p); err != nil {
+				return err
+			}
+		}
+		summary = m.GetSummary()
+	}
+	show.end()
+	if err := steps.Err(); err != nil {
+		return client.Explain(err)
+	}
+	if summary == nil {
+		return fmt.Errorf("guest %s: its process ended in the middle of the migration; ask the other host whether it runs there", client.Name())
+	}
+	return show.summary(client.Name(), address, summary)
+}
+
+// shower writes the progress and the summary of a migration: lines of JSON, a
+// bar on a terminal, else the summary alone.
+type shower struct {
+	json bool
+	out  io.Writer
+	bar  io.Writer // nil: none
+}
+
+func (f *migrateFlags) shower(c *cobra.Command) *shower {
+	s := &shower{json: f.format.json(), out: c.OutOrStdout()}
+	if file, ok := c.ErrOrStderr().(*os.File); ok && !s.json && term.IsTerminal(int(file.Fd())) {
+		s.bar = file
+	}
+	return s
+}
+
+const barWidth = 24
+
+func (s *shower) progress(p *vmmv1.MigrationProgress) error {
+	switch {
+	case s.json:
+		return s.line(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Progress{Progress: p}})
+	case s.bar == nil:
+	case p.HandedOver != "":
+		fmt.Fprintf(s.bar, "\r\x1b[Khanded over; waiting for the other host: %s", p.HandedOver)
+	default:
+		done := 0.0
+		if all := p.SentBytes + p.RemainingBytes; all > 0 {
+			done = float64(p.SentBytes) / float64(all)
+		}
+		full := int(done * barWidth)
+		fmt.Fprintf(s.bar, "\r\x1b[Kround %d [%s%s] %s left, %s/s sent, %s/s dirtied, downtime %d ms", p.Round,
+			strings.Repeat("#", full), strings.Repeat(".", barWidth-full),
+			amount(p.RemainingBytes), amount(p.Bandwidth), amount(p.DirtyRate), p.ExpectedDowntimeMs)
+		if p.Throttle > 0 {
+			fmt.Fprintf(s.bar, ", slowed by %d%%", p.Throttle)
+		}
+	}
+	return nil
+}
+
+func (s *shower) line(m *vmmv1.MigrateResponse) error {
+	b, err := control.MarshalJSON(m)
+	if err != nil {
+		return err
+	}
+	_, err = s.out.Write(append(b, '\n'))
+	return err
+}
+
+// end leaves the bar's line.
+func (s *shower) end() {
+	if s.bar != nil {
+		fmt.Fprint(s.bar, "\r\x1b[K")
+	}
+}
+
+func (s *shower) summary(name, address string, m *vmmv1.MigrationSummary) error {
+	if s.json {
+		return s.line(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Summary{Summary: m}})
+	}
+	ms := func(us uint64) string { return fmt.Sprintf("%.1f ms", float64(us)/1000) }
+	d := m.GetDowntime()
+	fmt.Fprintf(s.out, "%s runs at %s\n", name, address)
+	fmt.Fprintf(s.out, "  %d rounds, %s in %.1f s\n", m.Rounds, amount(m.SentBytes), float64(m.TotalUs)/1e6)
+	fmt.Fprintf(s.out, "  downtime %s: stop %s, last pages %s, state %s, load %s, takeover %s, start %s\n",
+		ms(d.GetTotalUs()), ms(d.GetStopUs()), ms(d.GetPagesUs()), ms(d.GetSaveUs()), ms(d.GetLoadUs()), ms(d.GetTakeoverUs()), ms(d.GetStartUs()))
+	for _, l := range m.Luns {
+		fmt.Fprintf(s.out, "  %s\n", l.Sentence)
+	}
+	for _, l := range m.Left {
+		fmt.Fprintf(s.out, "  here: %s\n", l.Sentence)
+	}
+	return nil
+}
+
+// amount is a number of bytes for people.
+func amount(n uint64) string {
+	for i, unit := range []string{"GiB", "MiB", "KiB"} {
+		if shift := 30 - 10*i; n >= 1<<shift {
+			return fmt.Sprintf("%.1f %s", float64(n)/float64(uint64(1)<<shift), unit)
+		}
+	}
+	return fmt.Sprintf("%d B", n)
+}

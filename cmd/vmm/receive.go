@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"vmm/control"
+	"vmm/machine"
+	"vmm/migration"
+)
+
+type receiveFlags struct {
+	listen string
+	tls    tlsFlags
+	peers  []string
+	luns   []string
+	foreground
+}
+
+func newReceiveCommand() *cobra.Command {
+	var f receiveFlags
+	c := &cobra.Command{
+		Use:   "receive [NAME] --listen ADDRESS [flags]",
+		Short: "Wait for a guest that migrates here, and stay with it",
+		Long: `Waits for a guest at ADDRESS (tcp://HOST:PORT, HOST:PORT or unix:///PATH), runs it
+when it has come, and stays in the foreground as vmm run does. What the guest is
+comes with it; NAME is its name here, by default the one that it had.
+
+Each passed-through LUN is looked for on this host by its identity (VPD page 83h);
+software disks are opened at the path that they had. --lun id=NAME,path=PATH says
+otherwise, and initiator=NAME gives a software disk another nexus. A LUN that is
+not the guest's is refused while the guest still runs at its old host.
+
+Without --tls-dir only addresses of this host are allowed, unless --insecure says
+otherwise: whoever may connect may have a guest run here.`,
+		Example: `  vmm receive web1 --listen tcp://0.0.0.0:4444 --tls-dir /etc/vmm/tls
+  vmm receive --listen unix:///run/vmm/incoming --lun id=data,path=/dev/sg7`,
+		Args: func(_ *cobra.Command, args []string) error {
+			switch len(args) {
+			case 0:
+				return nil
+			case 1:
+				return validName(args[0])
+			}
+			return usageError{errors.New("receive wants at most one name for the guest, as in: vmm receive web1 --listen tcp://0.0.0.0:4444")}
+		},
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(c *cobra.Command, args []string) error {
+			name := ""
+			if len(args) == 1 {
+				name = args[0]
+			}
+			return f.run(c, name)
+		},
+	}
+	fs := c.Flags()
+	fs.StringVar(&f.listen, "listen", "", "address to wait at")
+	f.tls.addFlags(c)
+	fs.StringArrayVar(&f.peers, "peer", nil, "name of which the source's certificate must have one (repeatable); default: any certificate of the authority")
+	fs.StringArrayVar(&f.luns, "lun", nil, "where a LUN is on this host (repeatable); see above")
+	f.foreground.addFlags(fs)
+	return c
+}
+
+func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
+	bad := func(flag string, err error) error { return usageError{fmt.Errorf("--%s: %w", flag, err)} }
+	if f.listen == "" {
+		return bad("listen", errors.New("give the address to wait at, as in tcp://0.0.0.0:4444"))
+	}
+	address, err := migration.ParseAddress(f.listen)
+	if err != nil {
+		return bad("listen", err)
+	}
+	if f.stopTimeout < 0 {
+		return bad("stop-timeout", fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout))
+	}
+	cfg := machine.Config{Name: name}
+	for _, s := range f.luns {
+		l, err := machine.ParseLUN(s)
+		if err == nil && l.ID == "" {
+			err = fmt.Errorf("LUN %q: id=NAME must say which of the guest's LUNs is meant", s)
+		}
+		if err != nil {
+			return bad("lun", err)
+		}
+		cfg.LUNs = append(cfg.LUNs, l)
+	}
+	security := migration.Security{Insecure: f.tls.insecure}
+	if f.tls.dir != "" {
+		if security.TLS, err = migration.LoadCertificates(f.tls.dir); err != nil {
+			return bad("tls-dir", err)
+		}
+	}
+	dir, err := control.DefaultRunDir()
+	if err != nil {
+		return err
+	}
+	cfg.RunDir = string(dir)
+	state, err := control.StateDir()
+	if err != nil {
+		return err
+	}
+	names := &claims{dir: dir}
+	defer func() { err = errors.Join(err, names.Close()) }()
+	if name != "" { // else the guest's own, when it comes
+		if err := names.take(name); err != nil {
+			return err
+		}
+	}
+	f.attach(c, &cfg)
+	reception := &machine.Reception{Config: cfg, StateDir: state, Claim: names.take}
+	if f.serial != "" {
+		reception.Serial = f.port
+	}
+	ln, err := migration.Listen(address, security, f.peers)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer cancel()
+	cfg.Warn(fmt.Sprintf("waiting for a guest at %v", address))
+	// Once it is here a signal is the guest's power button, and the source may
+	// still have to hear that it is.
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	waiting := context.AfterFunc(ctx, end)
+	got, err := migration.Receive(life, ln, reception, migration.ReceiveOptions{
+		StateDir: state,
+		Warn:     func(err error) { cfg.Warn(err.Error()) },
+	})
+	if err != nil {
+		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+			return errors.New("ended before a guest came")
+		}
+		return err
+	}
+	waiting()
+	cancel()
+	for _, l := range got.LUNs {
+		cfg.Warn(l.Sentence)
+	}
+	arrival := got.Machine.(*machine.Arrival)
+	m := arrival.Machine()
+	defer func() { err = errors.Join(err, m.Close()) }()
+	err = f.supervise(c, names.claim, m, cfg.Warn, arrival.Wait)
+	// A guest that is gone needs no answer to whether it runs; the verdict that
+	// it did stays in the journal.
+	end()
+	<-got.Answered
+	return err
+}
+
+// claims is the name of a guest that is still to come: the first that it is
+// called by is claimed, and another one in its place.
+type claims struct {
+	dir   control.RunDir
+	mu    sync.Mutex
+	name  string
+	claim *control.Claim
+}
+
+func (n *claims) take(name string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.claim != nil && n.name == name {
+		return nil
+	}
+	claim, err := n.dir.Claim(name)
+	if err != nil {
+		return err
+	}
+	if n.claim != nil {
+		err = n.claim.Close()
+	}
+	n.name, n.claim = name, claim
+	return err
+}
+
+func (n *claims) Close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.claim == nil {
+		return nil
+	}
+	return n.claim.Close()
+}
+
+// absolute is a path as another process, with another working directory, needs
+// it.
+func absolute(path string) string {
+	if path == "" {
+		return ""
+	}
+	if full, err := filepath.Abs(path); err == nil {
+		return full
+	}
+	return path
+}

@@ -1,0 +1,243 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"vmm/machine"
+	"vmm/migration"
+	vmmv1 "vmm/proto/vmm/v1"
+	"vmm/scsi/pr"
+)
+
+// migrations is what a machine's process knows of migrations away from it: one
+// at a time. A guest that was handed over, or must not run here, stays stopped
+// whoever asks; so everybody who would let it run asks here first.
+type migrations struct {
+	mu      sync.Mutex
+	current *outgoing // nil: none
+	blocked error     // not nil: the guest must not run here
+}
+
+// outgoing is a migration under way.
+type outgoing struct {
+	*migration.Outgoing
+	to     string
+	handed string        // why nobody knows whether the guest runs at the other host
+	ended  chan struct{} // closed when summary and err are final
+
+	summary migration.Summary
+	err     error
+}
+
+// standing is what there is to say; empty: nothing.
+func (m *migrations) standing() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.blocked != nil:
+		return m.blocked.Error()
+	case m.current == nil:
+		return ""
+	case m.current.handed != "":
+		return fmt.Sprintf("handed over to %s, which has not said that it runs the guest: %s", m.current.to, m.current.handed)
+	}
+	return "migrating to " + m.current.to
+}
+
+// inTheWay is an error while there is a migration.
+func (m *migrations) inTheWay() error {
+	if s := m.standing(); s != "" {
+		return connect.NewError(connect.CodeFailedPrecondition, errors.New(s))
+	}
+	return nil
+}
+
+// force settles a migration whose other host is dead, if the operator says so.
+// Without a migration it does nothing.
+func (m *migrations) force(dead bool) (forced bool, err error) {
+	m.mu.Lock()
+	o, blocked := m.current, m.blocked
+	handed := o != nil && o.handed != ""
+	m.mu.Unlock()
+	switch {
+	case blocked != nil:
+		err = fmt.Errorf("%w; stop it with: vmm stop --force", blocked)
+	case o == nil:
+		return false, nil
+	case !handed:
+		err = errors.New("the guest is migrating to " + o.to + ": vmm migrate --cancel gives that up")
+	case !dead:
+		err = fmt.Errorf("the guest was handed over to %s and may run there: %s; if that host is dead, and stays dead: vmm resume --force", o.to, o.handed)
+	default:
+		if err = o.Force(); err == nil {
+			return true, nil
+		}
+	}
+	return false, connect.NewError(connect.CodeFailedPrecondition, err)
+}
+
+// scoutTime bounds what is asked of the disks before a migration begins.
+const scoutTime = 15 * time.Second
+
+func (s *service) Migrate(ctx context.Context, r *connect.Request[vmmv1.MigrateRequest], out *connect.ServerStream[vmmv1.MigrateResponse]) error {
+	steps := make(chan migration.Progress, 1)
+	o, err := s.depart(ctx, r.Msg, func(p migration.Progress) {
+		// The latest is enough for whoever is slow.
+		select {
+		case <-steps:
+		default:
+		}
+		steps <- p
+	})
+	if err != nil {
+		return err
+	}
+	// Whoever connects must not wait for the first step to learn that it began.
+	for p := (migration.Progress{}); ; {
+		if err := out.Send(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Progress{Progress: progressMessage(p)}}); err != nil {
+			return err // the client has left; the migration goes on
+		}
+		select {
+		case p = <-steps:
+			continue
+		case <-ctx.Done():
+			return failed(context.Cause(ctx))
+		case <-o.ended:
+		}
+		break
+	}
+	if o.err != nil {
+		return connect.NewError(connect.CodeAborted, o.err)
+	}
+	return out.Send(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Summary{Summary: summaryMessage(o.summary)}})
+}
+
+// depart begins a migration.
+func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress func(migration.Progress)) (*outgoing, error) {
+	opts, err := options(r)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	s.migration.mu.Lock()
+	defer s.migration.mu.Unlock()
+	if s.migration.current != nil || s.migration.blocked != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("there is a migration already; see vmm status"))
+	}
+	ctx, cancel := context.WithTimeout(ctx, scoutTime)
+	defer cancel()
+	source, err := s.machine.Depart(ctx)
+	if err != nil {
+		return nil, failed(err)
+	}
+	o := &outgoing{to: r.Address, ended: make(chan struct{})}
+	opts.Progress = func(p migration.Progress) {
+		s.migration.mu.Lock()
+		o.handed = p.HandedOver
+		s.migration.mu.Unlock()
+		progress(p)
+	}
+	if o.Outgoing, err = migration.NewOutgoing(source, opts); err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	s.migration.current = o
+	// The migration outlives its client, and ends with the machine.
+	life, end := context.WithCancel(context.Background())
+
+	go func() {
+		select {
+		case <-s.machine.Ended():
+			end()
+		case <-o.ended:
+		}
+	}()
+	go func() {
+
+		defer end()
+		o.summary, o.err = o.Run(life)
+		s.migration.mu.Lock()
+		s.migration.current = nil
+		if errors.Is(o.err, migration.ErrBlocked) || errors.Is(o.err, migration.ErrHandedOver) {
+			s.migration.blocked = o.err
+		}
+		s.migration.mu.Unlock()
+		close(o.ended)
+		if o.err == nil {
+			_ = s.machine.Stop() // it may have ended by itself
+		}
+	}()
+	return o, nil
+}
+
+// options of a migration, as a client asks for them.
+func options(r *vmmv1.MigrateRequest) (migration.Options, error) {
+	o := migration.Options{
+		Channels:     int(min(r.Channels, migration.MaxChannels+1)),
+		Downtime:     time.Duration(min(r.DowntimeMs, 1<<40)) * time.Millisecond,
+		MaxBandwidth: r.MaxBandwidth,
+		Timeout:      time.Duration(min(r.TimeoutMs, 1<<40)) * time.Millisecond,
+	}
+	address, err := migration.ParseAddress(r.Address)
+	if err != nil {
+		return o, err
+	}
+	security := migration.Security{Insecure: r.Insecure}
+	if r.TlsDir != "" {
+		if security.TLS, err = migration.LoadCertificates(r.TlsDir); err != nil {
+			return o, err
+		}
+	}
+	if o.Dial, err = migration.Dialer(address, security, r.Peer); err != nil {
+		return o, err
+	}
+	dir, err := StateDir()
+	if err != nil {
+		return o, err
+	}
+	o.Journal, err = pr.OpenJournal(dir)
+	return o, err
+}
+
+func (s *service) CancelMigration(context.Context, *connect.Request[vmmv1.CancelMigrationRequest]) (*connect.Response[vmmv1.CancelMigrationResponse], error) {
+	s.migration.mu.Lock()
+	defer s.migration.mu.Unlock()
+	o := s.migration.current
+	if o == nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("the guest is not migrating"))
+	}
+	o.Cancel()
+	return connect.NewResponse(&vmmv1.CancelMigrationResponse{}), nil
+}
+
+func progressMessage(p migration.Progress) *vmmv1.MigrationProgress {
+	return &vmmv1.MigrationProgress{
+		Round: uint32(p.Round), RemainingBytes: p.Remaining, SentBytes: p.Sent, DirtyRate: p.DirtyRate, Bandwidth: p.Bandwidth,
+		ExpectedDowntimeMs: uint64(p.Expected.Milliseconds()), Throttle: uint32(p.Throttle), HandedOver: p.HandedOver,
+	}
+}
+
+func summaryMessage(s migration.Summary) *vmmv1.MigrationSummary {
+	us := func(d time.Duration) uint64 { return uint64(max(d, 0).Microseconds()) }
+	luns := func(list []migration.LUNOutcome) (out []*vmmv1.MigratedLun) {
+		for _, l := range list {
+			out = append(out, &vmmv1.MigratedLun{Id: l.ID, Sentence: l.Sentence, TakeoverUs: us(l.Takeover)})
+		}
+		return out
+	}
+	d := s.Downtime
+	return &vmmv1.MigrationSummary{
+		Id: s.ID.String(), Rounds: uint32(s.Rounds), SentBytes: s.Sent, TotalUs: us(s.Total),
+		Downtime: &vmmv1.MigrationDowntime{
+			TotalUs: us(d.Total), StopUs: us(d.Stop), SaveUs: us(d.Save), PagesUs: us(d.Pages),
+			LoadUs: us(d.Load), TakeoverUs: us(d.Takeover), StartUs: us(d.Start),
+		},
+		Luns: luns(s.LUNs), Left: luns(s.Left),
+	}
+}
+
+var _ Machine = (*machine.Machine)(nil)
