@@ -36,6 +36,9 @@ is asked: vmm pr show NAME does that.`,
 			t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 			fmt.Fprintf(t, "name\t%s\nstate\t%s\nvCPUs\t%d, %s\nmemory\t%s\nuptime\t%s\npid\t%d\nversion\t%s\n",
 				s.Name, s.State, s.Cpus, s.CpuModel, sizeText(s.MemoryBytes), uptimeText(s.UptimeSeconds), s.Pid, s.Version)
+			if s.Migration != "" {
+				fmt.Fprintf(t, "migration\t%s\n", s.Migration)
+			}
 			for _, l := range s.Luns {
 				mode := ""
 				if l.Readonly {
