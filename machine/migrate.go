@@ -269,7 +269,7 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 		return nil, err
 	}
 	a.luns, err = a.m.scout(ctx, func(l *migration.LUN, k pr.Key) pr.Ledger {
-		return journal.For(pr.Entry{LUN: l.Identity + " " + l.Address + " probe", Path: l.Path, Migration: offer.ID.String(), Key: k})
+		return journal.For(pr.Entry{LUN: l.Identity, Path: l.Path, Via: l.Address + " probe", Migration: offer.ID.String(), Key: k})
 	})
 	if err != nil {
 		return nil, err

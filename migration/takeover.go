@@ -378,12 +378,14 @@ func pairOf(src, dst *vmmv1.HostLun) (*pr.Pair, error) {
 	return p, nil
 }
 
-// entry is a LUN's journal entry at the host whose nexus is p.Old. The file is
-// named for the LUN and the way to it, for a host may be both sides of one
-// LUN, or reach it for two guests.
+// entry is a LUN's journal entry at the host whose nexus is p.Old.
 func entry(id ID, l *LUN, key pr.Key, p pr.Pair) pr.Entry {
+	via := l.Address
+	if via == "" {
+		via = p.Old.Initiator.String()
+	}
 	return pr.Entry{
-		LUN: l.Identity + " " + l.Address, Path: l.Path, Migration: id.String(), Key: key,
+		LUN: l.Identity, Path: l.Path, Via: via, Migration: id.String(), Key: key,
 		Pair: pr.Pair{Old: p.Old, New: p.New, Same: p.Same, FullStatus: p.FullStatus},
 	}
 }

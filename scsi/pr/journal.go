@@ -1,6 +1,7 @@
 package pr
 
 import (
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ type Journal struct{ dir string }
 type Entry struct {
 	LUN       string // the LUN's identity: its VPD page 83h designator
 	Path      string // where this host found it
+	Via       string // which of this host's ways to the LUN: host:channel:target:lun, or a nexus
 	Migration string // the migration's id
 	Key       Key    // the guest's, registered on this host's nexus or about to be
 	Pair      Pair   // Old is this host's nexus, as Recovery wants it
@@ -58,8 +60,11 @@ func probe(dir string) error {
 	return errors.Join(err, f.Close())
 }
 
-func (j *Journal) file(lun string) string {
-	return filepath.Join(j.dir, hex.EncodeToString([]byte(lun))+journalSuffix)
+// file is where e stands. A host may be both sides of a LUN, or reach it for two
+// guests: the way to it counts.
+func (j *Journal) file(e Entry) string {
+	sum := sha256.Sum256([]byte(e.LUN + "\x00" + e.Via))
+	return filepath.Join(j.dir, hex.EncodeToString(sum[:16])+journalSuffix)
 }
 
 // Write makes e the LUN's entry, lastingly.
@@ -68,18 +73,18 @@ func (j *Journal) Write(e Entry) error {
 	if err != nil {
 		return fmt.Errorf("journal entry of %s: %w", e.LUN, err)
 	}
-	if len(e.LUN) == 0 || len(e.LUN) > 100 {
-		return fmt.Errorf("journal entry of a LUN whose identity has %d bytes; want 1 to 100", len(e.LUN))
+	if e.LUN == "" || len(body) > maxEntry/2 {
+		return fmt.Errorf("journal entry of a LUN whose identity has %d bytes", len(e.LUN))
 	}
-	if err := replace(j.file(e.LUN), sealed(journalMagic, append(body, '\n'))); err != nil {
+	if err := replace(j.file(e), sealed(journalMagic, append(body, '\n'))); err != nil {
 		return fmt.Errorf("journal entry of %s: %w", e.LUN, err)
 	}
 	return nil
 }
 
-// Erase removes the LUN's entry, if it has one.
-func (j *Journal) Erase(lun string) error {
-	err := os.Remove(j.file(lun))
+// Erase removes the entry of e's LUN and way, if there is one.
+func (j *Journal) Erase(e Entry) error {
+	err := os.Remove(j.file(e))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -87,7 +92,7 @@ func (j *Journal) Erase(lun string) error {
 		err = syncDir(j.dir)
 	}
 	if err != nil {
-		return fmt.Errorf("journal entry of %s: %w", lun, err)
+		return fmt.Errorf("journal entry of %s: %w", e.LUN, err)
 	}
 	return nil
 }
@@ -144,17 +149,18 @@ func decodeEntry(b []byte) (Entry, error) {
 // entryJSON is an Entry with its TransportIDs, which are not text, in
 // hexadecimal.
 type entryJSON struct {
-	LUN, Path, Migration string
-	Key                  Key
-	Handed               bool
-	Old, New             string
-	OldPort, NewPort     uint16
-	FullStatus, Same     bool
+	LUN, Path, Via   string
+	Migration        string
+	Key              Key
+	Handed           bool
+	Old, New         string
+	OldPort, NewPort uint16
+	FullStatus, Same bool
 }
 
 func savedEntry(e Entry) entryJSON {
 	return entryJSON{
-		LUN: e.LUN, Path: e.Path, Migration: e.Migration, Key: e.Key, Handed: e.Handed,
+		LUN: e.LUN, Path: e.Path, Via: e.Via, Migration: e.Migration, Key: e.Key, Handed: e.Handed,
 		Old: hex.EncodeToString([]byte(e.Pair.Old.Initiator)), OldPort: e.Pair.Old.TargetPort,
 		New: hex.EncodeToString([]byte(e.Pair.New.Initiator)), NewPort: e.Pair.New.TargetPort,
 		FullStatus: e.Pair.FullStatus, Same: e.Pair.Same,
@@ -163,7 +169,7 @@ func savedEntry(e Entry) entryJSON {
 
 func (s entryJSON) entry() (Entry, error) {
 	e := Entry{
-		LUN: s.LUN, Path: s.Path, Migration: s.Migration, Key: s.Key, Handed: s.Handed,
+		LUN: s.LUN, Path: s.Path, Via: s.Via, Migration: s.Migration, Key: s.Key, Handed: s.Handed,
 		Pair: Pair{FullStatus: s.FullStatus, Same: s.Same},
 	}
 	for _, n := range []struct {
@@ -200,4 +206,4 @@ func (l *ledger) Note(handed bool) error {
 	return l.j.Write(l.e)
 }
 
-func (l *ledger) Erase() error { return l.j.Erase(l.e.LUN) }
+func (l *ledger) Erase() error { return l.j.Erase(l.e) }

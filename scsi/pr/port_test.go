@@ -417,7 +417,7 @@ func TestJournalDamaged(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	path := j.file("naa.1")
+	path := j.file(Entry{LUN: "naa.1"})
 	b, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -430,7 +430,7 @@ func TestJournalDamaged(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), path) || len(entries) != 1 || entries[0].LUN != "naa.2" {
 		t.Errorf("Entries = %v, %v; want naa.2 and an error that names %s", entries, err, path)
 	}
-	if err := errors.Join(j.Erase("naa.2"), j.Erase("naa.2")); err != nil {
+	if err := errors.Join(j.Erase(Entry{LUN: "naa.2"}), j.Erase(Entry{LUN: "naa.2"})); err != nil {
 		t.Errorf("Erase: %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
