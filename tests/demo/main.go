@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -44,14 +45,14 @@ func say(format string, args ...any) { fmt.Printf("\n"+bold+"## "+format+plain+"
 func prompt(where, command string) { fmt.Printf(bold+"%s# "+plain+"%s\n", where, command) }
 
 func demo(ctx context.Context, stage string) (err error) {
-	say("A LUN of the Linux kernel's SCSI target, seen by this host twice: two I_T nexuses")
-	lun, err := lio.Create(ctx, lio.Config{Name: "demo", Size: 64 << 20, Nexuses: 2})
+	say("A LUN of the Linux kernel's SCSI target, seen by this host three times: three I_T nexuses")
+	lun, err := lio.Create(ctx, lio.Config{Name: "demo", Size: 64 << 20, Nexuses: 3})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lun.Close()) }()
-	mine, other := lun.Nexuses[0], lun.Nexuses[1]
-	fmt.Printf("%s goes to the guest; %s stays on the host, to look at what the guest did\n", mine.SG, other.SG)
+	mine, next, other := lun.Nexuses[0], lun.Nexuses[1], lun.Nexuses[2]
+	fmt.Printf("%s goes to the guest, %s is the one it will move to; %s stays on the host, to look at what the guest did\n", mine.SG, next.SG, other.SG)
 
 	dir, err := os.MkdirTemp("", "demo")
 	if err != nil {
@@ -72,22 +73,10 @@ func demo(ctx context.Context, stage string) (err error) {
 		"--kernel", filepath.Join(stage, "cloud/bzImage"), "--initrd", filepath.Join(stage, "cloud/initrd"),
 		"--cmdline", "console=ttyS0 quiet panic=-1 guest.work=agent", "--cpus", "2", "--memory", "512M",
 		"--lun", "id=data,path=" + mine.SG, "--lun", "id=scratch,path=" + image, "--serial", socket}
-	prompt("host", "vmm "+strings.Join(args, " "))
 	started := time.Now()
-	cmd := exec.CommandContext(ctx, filepath.Join(stage, "vmm"), args...)
-	booted := make(chan struct{})
-	cmd.Stdout, cmd.Stderr = &marker{to: os.Stdout, text: "guest: init", seen: booted}, os.Stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = 10 * time.Second
-	if err := cmd.Start(); err != nil {
+	ended, err := vmm(ctx, stage, "guest: init", args...)
+	if err != nil {
 		return err
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	select {
-	case <-booted:
-	case err := <-ended:
-		return fmt.Errorf("vmm ended early: %w", err)
 	}
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
@@ -141,6 +130,45 @@ func demo(ctx context.Context, stage string) (err error) {
 	}
 	fmt.Println("the same checksum: what the guest wrote is on the LUN")
 
+	say("Another vmm waits for the guest, as it would on another host; the guest moves there, running")
+	address := "unix://" + filepath.Join(dir, "incoming")
+	moved := filepath.Join(dir, "agent2")
+	ended2, err := vmm(ctx, stage, "waiting for a guest", "receive", "web2", "--listen", address, "--serial", moved)
+	if err != nil {
+		return err
+	}
+	for _, command := range []string{
+		"sg_persist --in --read-full-status " + other.SG,
+		filepath.Join(stage, "vmm") + " migrate web1 " + address,
+		"sg_persist --in --read-full-status " + other.SG,
+		filepath.Join(stage, "vmm") + " pr show web2",
+	} {
+		prompt("host", command)
+		cmd := exec.CommandContext(ctx, "sh", "-c", command)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("%s: %w", command, err)
+		}
+	}
+	if err := <-ended; err != nil {
+		return fmt.Errorf("vmm run web1: %w", err)
+	}
+	fmt.Println("vmm run web1 has ended with status 0; the reservation is on the other nexus, and on no other")
+	g.Close()
+	if conn, err = net.Dial("unix", moved); err != nil {
+		return err
+	}
+	if g, err = guest.Dial(ctx, conn); err != nil {
+		return err
+	}
+	if read, err = shell("uptime; dd if=/dev/sda bs=1M count=8 iflag=direct 2>/dev/null | sha256sum"); err != nil {
+		return err
+	}
+	if !strings.HasSuffix(read, sum) {
+		return fmt.Errorf("the guest wrote %s before it moved and reads %s after", sum, read)
+	}
+	ended = ended2
+
 	say("The guest powers off; vmm ends with status 0")
 	prompt("guest", "poweroff -f")
 	go g.Run(ctx, "poweroff -f") // the answer is lost with the guest
@@ -155,20 +183,42 @@ func demo(ctx context.Context, stage string) (err error) {
 	return nil
 }
 
-// marker is a writer that passes everything on and closes seen when text has
-// gone by.
+// vmm starts vmm in the foreground, shows what it says, and returns when it has
+// said text. ended has its result.
+func vmm(ctx context.Context, stage, text string, args ...string) (ended <-chan error, err error) {
+	prompt("host", "vmm "+strings.Join(args, " "))
+	cmd := exec.CommandContext(ctx, filepath.Join(stage, "vmm"), args...)
+	seen := make(chan struct{})
+	said := sync.OnceFunc(func() { close(seen) })
+	cmd.Stdout, cmd.Stderr = &marker{to: os.Stdout, text: text, seen: said}, &marker{to: os.Stderr, text: text, seen: said}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	result := make(chan error, 1)
+	go func() { result <- cmd.Wait() }()
+	select {
+	case <-seen:
+		return result, nil
+	case err := <-result:
+		return nil, fmt.Errorf("vmm %s ended early: %w", args[0], err)
+	}
+}
+
+// marker is a writer that passes everything on and calls seen when text goes
+// by.
 type marker struct {
 	to   io.Writer
 	text string
-	seen chan struct{}
+	seen func()
 	last string // the end of what was written, as long as text
 }
 
 func (m *marker) Write(p []byte) (int, error) {
 	s := m.last + string(p)
-	if m.seen != nil && strings.Contains(s, m.text) {
-		close(m.seen)
-		m.seen = nil
+	if strings.Contains(s, m.text) {
+		m.seen()
 	}
 	m.last = s[max(0, len(s)-len(m.text)):]
 	return m.to.Write(p)

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"vmm/tests/lab/lio"
@@ -39,11 +40,11 @@ func migrate(t *testing.T, name, address string, flags ...string) string {
 	return string(out)
 }
 
-// registrants is what READ FULL STATUS says by one nexus, a line each: key,
-// holder, initiator.
+// registrants is what READ FULL STATUS says by one nexus, PRgeneration apart,
+// which a probe of ours advances.
 func registrants(t *testing.T, n *lio.Nexus) string {
 	t.Helper()
-	return local(t, "sg_persist -n -i -s "+n.SG)
+	return local(t, "sg_persist -n -i -s "+n.SG+" | grep -v generation")
 }
 
 // intruder writes by a nexus that may not, until it is stopped: a write that
@@ -80,64 +81,174 @@ func intruder(t *testing.T, n *lio.Nexus) (stop func() (refused int)) {
 
 const guestKey = "0x1122334455667788"
 
+// reserve makes the guest's disk the guest's, with a reservation of a type.
+func (v *vm) reserve(disk string, typ int) {
+	v.t.Helper()
+	v.sh(fmt.Sprintf("sg_persist -n -o -G -S %s %s && sg_persist -n -o -R -K %[1]s -T %[3]d %[2]s", guestKey, disk, typ))
+}
+
+// One guest moves six times, each time with a reservation of another type,
+// while it reads and a third node tries to write.
 func TestMigrate(t *testing.T) {
-	for _, typ := range []int{1, 3, 5, 6, 7, 8} {
-		t.Run(fmt.Sprintf("type %d", typ), func(t *testing.T) {
-			lun := needLIO(t, fmt.Sprintf("migrate-%d", typ), 64<<20, 3)
-			source, third := lun.Nexuses[0], lun.Nexuses[2]
-			v := boot(t, cloud, "guest.work=agent", "--cpus", "2", "--lun", "id=data,path="+source.SG)
-			v.connect()
-			disk := v.diskOf(0)
-			v.sh("sg_persist -n -o -G -S " + guestKey + " " + disk)
-			v.sh(fmt.Sprintf("sg_persist -n -o -R -K %s -T %d %s", guestKey, typ, disk))
-			boot := v.sh("cat /proc/sys/kernel/random/boot_id")
-			sum := v.sh("fill -offset 1048576 -size 16777216 " + disk)
-			v.sh("(while :; do rdtest -depth 4 -time 2s " + disk + " >>/tmp/io || echo FAILED >>/tmp/io; done) >/dev/null 2>&1 & echo $!")
+	lun := needLIO(t, "migrate", 64<<20, 3)
+	third := lun.Nexuses[2]
+	v := boot(t, cloud, "guest.work=agent", "--cpus", "2", "--lun", "id=data,path="+lun.Nexuses[0].SG)
+	v.connect()
+	disk := v.diskOf(0)
+	bootID := v.sh("cat /proc/sys/kernel/random/boot_id")
+	local(t, "sg_turs "+third.SG+" || sg_turs "+third.SG) // takes its unit attentions away
+	name := "test"
+	for i, typ := range []int{5, 1, 3, 6, 7, 8} {
+		from := lun.Nexuses[i%2]
+		v.reserve(disk, typ)
+		sum := v.sh(fmt.Sprintf("fill -seed %d -offset 1048576 -size 8388608 %s", i, disk))
+		io := "/tmp/io" + name
+		v.sh("(while test -e " + io + "; do rdtest -depth 4 -time 500ms " + disk + " || echo FAILED; done >/tmp/log" + name + " 2>&1) & touch " + io)
+		before := uptime(v)
 
-			local(t, "sg_turs "+third.SG+" || sg_turs "+third.SG) // takes its unit attentions away
-			stop := intruder(t, third)
+		stop := intruder(t, third)
+		next := fmt.Sprintf("moved%d", i)
+		w, address := receive(t, next)
+		out := migrate(t, name, address)
+		refused := stop()
+		if refused == 0 {
+			t.Error("the third node was never refused: it did not run")
+		}
+		t.Logf("type %d: a third node's writes were refused %d times", typ, refused)
+		if status := v.wait(); status != 0 {
+			t.Errorf("the source's process ended with %d; want 0", status)
+		}
+		if !strings.Contains(out, "are on this host") {
+			t.Errorf("the summary does not say that the reservation moved:\n%s", out)
+		}
+
+		// What the target says, by a nexus that has no part in it.
+		status := registrants(t, third)
+		if strings.Count(status, "Key=") != 1 || !strings.Contains(status, "Key="+guestKey) {
+			t.Errorf("READ FULL STATUS shows\n%s\nwant one registration, with key %s", status, guestKey)
+		}
+		if held := local(t, "sg_persist -n -i -r "+third.SG); typ < 7 && !strings.Contains(held, guestKey) || !strings.Contains(held, reservationTypes[typ]) {
+			t.Errorf("READ RESERVATION shows\n%s\nwant %s, key %s", held, reservationTypes[typ], guestKey)
+		}
+		// REGISTER with the registered key is refused where it is not registered.
+		if out, err := tryLocal(t, "sg_persist -n -o -G -K "+guestKey+" -S "+guestKey+" "+from.SG); err == nil {
+			t.Errorf("the source's nexus %s is still registered: %s", from.SG, out)
+		}
+
+		w.dial()
+		if got := w.sh("cat /proc/sys/kernel/random/boot_id"); got != bootID {
+			t.Errorf("boot id %s at the destination; want the guest's, %s", got, bootID)
+		}
+		if now := uptime(w); now < before {
+			t.Errorf("the guest's CLOCK_MONOTONIC went from %v back to %v", before, now)
+		}
+		if got := w.sh("sum -offset 1048576 -size 8388608 " + disk); got != sum {
+			t.Errorf("checksum %s at the destination; want %s", got, sum)
+		}
+		w.sh("rm " + io + "; fill -seed 99 -offset 1048576 -size 1048576 " + disk)
+		if log := w.sh("cat /tmp/log" + name); strings.Contains(log, "FAILED") {
+			t.Errorf("I/O failed in the guest:\n%s", log)
+		}
+		w.sh("sg_persist -n -o -G -K " + guestKey + " -S 0 " + disk)
+		v, name = w, next
+	}
+	if log := v.sh("dmesg | grep -E 'BUG|Oops|WARNING|Call Trace|I/O error|eservation conflict' || true"); log != "" {
+		t.Errorf("the guest's kernel says:\n%s", log)
+	}
+	v.poweroff()
+}
+
+var reservationTypes = map[int]string{
+	1: "Write Exclusive", 3: "Exclusive Access", 5: "Write Exclusive, registrants only", 6: "Exclusive Access, registrants only",
+	7: "Write Exclusive, all registrants", 8: "Exclusive Access, all registrants",
+}
+
+// uptime is the guest's CLOCK_MONOTONIC, as good as, in seconds.
+func uptime(v *vm) float64 {
+	v.t.Helper()
+	var s float64
+	if _, err := fmt.Sscan(v.sh("cat /proc/uptime"), &s); err != nil {
+		v.t.Fatal(err)
+	}
+	return s
+}
+
+// migrating begins a migration that takes its time, and returns when memory is
+// being copied.
+func migrating(t *testing.T, name, address string) *vm {
+	t.Helper()
+	m := start(t, "migrate", name, address, "--max-bandwidth", "8M", "-o", "json")
+	if err := m.console.wait(m.exited, func(s string) bool { return strings.Contains(s, `"round":1`) }); err != nil {
+		t.Fatalf("vmm migrate: %v\n%s", err, m.stderr)
+	}
+	return m
+}
+
+// A third node preempts the guest's key while the guest is moving: it stays
+// fenced wherever it runs.
+func TestMigrateFenced(t *testing.T) {
+	lun := needLIO(t, "fenced", 64<<20, 3)
+	third := lun.Nexuses[2]
+	v := boot(t, cloud, "guest.work=agent", "--lun", "id=data,path="+lun.Nexuses[0].SG)
+	v.connect()
+	disk := v.diskOf(0)
+	v.reserve(disk, 5)
+	w, address := receive(t, "arrived")
+	m := migrating(t, "test", address)
+	const other = "0xabc"
+	local(t, "sg_turs "+third.SG+" || sg_turs "+third.SG)
+	local(t, fmt.Sprintf("sg_persist -n -o -G -S %s %s && sg_persist -n -o -P -K %[1]s -S %[3]s -T 5 %[2]s", other, third.SG, guestKey))
+	if status := m.wait(); status != 0 {
+		t.Fatalf("vmm migrate ended with %d; want 0: a fenced guest may move\n%s", status, m.stderr)
+	}
+	if !strings.Contains(m.console.String(), "another node fenced the guest") {
+		t.Errorf("the summary does not say that the guest was fenced:\n%s", tail(m.console.String(), 1))
+	}
+	v.wait()
+	if status := registrants(t, third); strings.Count(status, "Key=") != 1 || !strings.Contains(status, "Key="+other) {
+		t.Errorf("READ FULL STATUS shows\n%s\nwant the third node's registration alone", status)
+	}
+	w.dial()
+	if out, status := w.try("dd if=/dev/zero of=" + disk + " bs=4096 count=1 oflag=direct 2>&1"); status == 0 {
+		t.Errorf("the fenced guest writes: %s", out)
+	}
+	if out, status := w.try("sg_persist -n -o -G -K " + guestKey + " -S " + guestKey + " " + disk); status == 0 {
+		t.Errorf("the fenced guest is still registered: %s", out)
+	}
+	w.poweroff()
+}
+
+// Whatever ends a migration before the guest is handed over, it runs on where
+// it was, with what it had.
+func TestMigrateGivenUp(t *testing.T) {
+	lun := needLIO(t, "givenup", 64<<20, 3)
+	third := lun.Nexuses[2]
+	v := boot(t, cloud, "guest.work=agent", "--lun", "id=data,path="+lun.Nexuses[0].SG)
+	v.connect()
+	disk := v.diskOf(0)
+	v.reserve(disk, 5)
+	want := registrants(t, third)
+	for _, test := range []struct {
+		name string
+		end  func(m, w *vm)
+		says string
+	}{
+		{"canceled by a signal", func(m, _ *vm) { m.cmd.Process.Signal(syscall.SIGINT) }, "canceled"},
+		{"canceled from elsewhere", func(*vm, *vm) { local(t, filepath.Join(stage, "vmm")+" migrate test --cancel") }, "canceled"},
+		{"the destination is killed", func(_, w *vm) { w.cmd.Process.Kill() }, "runs on here"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
 			w, address := receive(t, "arrived")
-			out := migrate(t, "test", address)
-			refused := stop()
-			if refused == 0 {
-				t.Error("the third node was never refused: it did not run")
+			m := migrating(t, "test", address)
+			test.end(m, w)
+			if status := m.wait(); status != 1 || !strings.Contains(m.stderr.String(), test.says) {
+				t.Errorf("vmm migrate ended with %d, %q; want 1, and to hear %q", status, m.stderr, test.says)
 			}
-			t.Logf("a third node's writes were refused %d times", refused)
-			if status := v.wait(); status != 0 {
-				t.Errorf("the source's vmm run ended with %d; want 0", status)
+			v.sh("fill -offset 1048576 -size 1048576 " + disk)
+			if got := registrants(t, third); got != want {
+				t.Errorf("READ FULL STATUS shows\n%s\nwant what it was:\n%s", got, want)
 			}
-			if !strings.Contains(out, "are on this host") {
-				t.Errorf("the summary does not say that the reservation moved:\n%s", out)
-			}
-
-			// What the target says, by a nexus that has no part in it.
-			status := registrants(t, third)
-			if strings.Count(status, "Key=") != 1 || !strings.Contains(status, "Key="+guestKey) {
-				t.Errorf("READ FULL STATUS shows\n%s\nwant one registration, with key %s", status, guestKey)
-			}
-			if held := local(t, "sg_persist -n -i -r "+third.SG); typ < 7 && !strings.Contains(held, guestKey) {
-				t.Errorf("READ RESERVATION shows\n%s\nwant type %d, key %s", held, typ, guestKey)
-			}
-			// Only the holder's nexus may change its own registration.
-			if out, err := tryLocal(t, "sg_persist -n -o -G -K "+guestKey+" -S "+guestKey+" "+source.SG); err == nil {
-				t.Errorf("the source's nexus is still registered: %s", out)
-			}
-
-			w.dial()
-			if got := w.sh("cat /proc/sys/kernel/random/boot_id"); got != boot {
-				t.Errorf("boot id %s at the destination; want the guest's, %s", got, boot)
-			}
-			if got := w.sh("sum -offset 1048576 -size 16777216 " + disk); got != sum {
-				t.Errorf("checksum %s at the destination; want %s", got, sum)
-			}
-			w.sh("fill -seed 7 -offset 1048576 -size 1048576 " + disk)
-			if io := w.sh("cat /tmp/io"); strings.Contains(io, "FAILED") {
-				t.Errorf("I/O failed in the guest:\n%s", io)
-			}
-			if log := w.sh("dmesg | grep -E 'BUG|Oops|WARNING|Call Trace|I/O error|reservation conflict' || true"); log != "" {
-				t.Errorf("the guest's kernel says:\n%s", log)
-			}
-			w.poweroff()
 		})
 	}
+	v.poweroff()
 }
