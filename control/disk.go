@@ -203,6 +203,7 @@ type Settled struct {
 	LUN     string // its identity
 	Path    string
 	Done    bool   // the entry is gone
+	InUse   bool   // a guest has the unit: it may be its migration that the entry is of
 	Outcome string // a sentence for the operator
 }
 
@@ -230,6 +231,7 @@ func (d RunDir) settle(ctx context.Context, journal *pr.Journal, e pr.Entry) Set
 	x, path, err := d.locate(ctx, e)
 	if err != nil {
 		s.Outcome = fmt.Sprintf("%s: not settled: %v", e.LUN, err)
+		s.InUse = errors.Is(err, sg.ErrBusy) || errors.Is(err, disk.ErrInUse)
 		return s
 	}
 	defer x.Close()

@@ -115,6 +115,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 		}
 	}
 	f.attach(c, &cfg)
+	settle(c.Context(), dir, cfg.Warn)
 	reception := &machine.Reception{Config: cfg, StateDir: state, Claim: names.take}
 	if f.serial != "" {
 		reception.Serial = f.port

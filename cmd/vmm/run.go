@@ -132,12 +132,31 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 			return err
 		}
 	}
+	settle(c.Context(), dir, cfg.Warn)
 	m, err := machine.New(cfg)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
 	return f.supervise(c, claim, m, cfg.Warn, func() error { return m.Run(c.Context()) })
+}
+
+// settle removes what a crash has left of this host's reservations, before a
+// guest is given a LUN on which it would look like the guest's own.
+func settle(ctx context.Context, dir control.RunDir, warn func(string)) {
+	state, err := control.StateDir()
+	var settled []control.Settled
+	if err == nil {
+		settled, err = dir.Recover(ctx, state)
+	}
+	if err != nil {
+		warn(fmt.Sprintf("journal of reservations: %v", err))
+	}
+	for _, s := range settled {
+		if !s.InUse {
+			warn(s.Outcome)
+		}
+	}
 }
 
 // foreground is how a process stays with its guest.
