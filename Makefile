@@ -61,7 +61,7 @@ fuzz: ## every fuzzer for 10 minutes (FUZZTIME=...)
 	$(call setup,$(BUILD_NEEDS) $(TEST_NEEDS))
 	@./scripts/fuzz $(or $(FUZZTIME),10m)
 
-soak: ## the full product of kernels, vCPU counts and memory sizes
+soak: ## the full product of kernels, vCPU counts and memory sizes, and 50 migrations
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS))
 	@./scripts/guests soak
 

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -88,8 +89,12 @@ func (v *vm) reserve(disk string, typ int) {
 }
 
 // One guest moves six times, each time with a reservation of another type,
-// while it reads and a third node tries to write.
+// while it reads, checks its memory, and a third node tries to write.
 func TestMigrate(t *testing.T) {
+	moves := 6
+	if os.Getenv("VMM_TEST_MODE") == "soak" {
+		moves = 50
+	}
 	lun := needLIO(t, "migrate", 64<<20, 3)
 	third := lun.Nexuses[2]
 	v := boot(t, cloud, "guest.work=agent", "--cpus", "2", "--lun", "id=data,path="+lun.Nexuses[0].SG)
@@ -98,7 +103,12 @@ func TestMigrate(t *testing.T) {
 	bootID := v.sh("cat /proc/sys/kernel/random/boot_id")
 	local(t, "sg_turs "+third.SG+" || sg_turs "+third.SG) // takes its unit attentions away
 	name := "test"
-	for i, typ := range []int{5, 1, 3, 6, 7, 8} {
+	types := []int{5, 1, 3, 6, 7, 8}
+	// Memory that is written, read and compared all the time.
+	v.sh(`dd if=/dev/urandom of=/tmp/a bs=1M count=8 2>/dev/null; sha256sum </tmp/a >/tmp/a.sum
+(while :; do cp /tmp/a /tmp/b; sha256sum </tmp/b | cmp -s - /tmp/a.sum || echo FAILED; rm /tmp/b; sleep 0.2; done >/tmp/memory 2>&1) &`)
+	for i := range moves {
+		typ := types[i%len(types)]
 		from := lun.Nexuses[i%2]
 		v.reserve(disk, typ)
 		sum := v.sh(fmt.Sprintf("fill -seed %d -offset 1048576 -size 8388608 %s", i, disk))
@@ -151,6 +161,9 @@ func TestMigrate(t *testing.T) {
 		}
 		w.sh("sg_persist -n -o -G -K " + guestKey + " -S 0 " + disk)
 		v, name = w, next
+	}
+	if log := v.sh("cat /tmp/memory"); log != "" {
+		t.Errorf("the guest's memory changed: %s", log)
 	}
 	if log := v.sh("dmesg | grep -E 'BUG|Oops|WARNING|Call Trace|I/O error|eservation conflict' || true"); log != "" {
 		t.Errorf("the guest's kernel says:\n%s", log)
