@@ -189,6 +189,9 @@ func guestMSRs(system *kvm.System, c *kvm.VCPU) ([]uint32, error) {
 	listed = append(listed, mtrrs()...)
 	var state []uint32
 	for _, index := range listed {
+		if hyperV(index) {
+			continue
+		}
 		entries, err := c.MSRs([]uint32{index})
 		if err == nil {
 			err = c.SetMSRs(entries)
@@ -202,6 +205,11 @@ func guestMSRs(system *kvm.System, c *kvm.VCPU) ([]uint32, error) {
 	}
 	return state, nil
 }
+
+// hyperV says whether a register is one of Hyper-V's synthetic ones (TLFS,
+// appendix F). The guest is not told that it has them; some count time whether
+// or not it runs.
+func hyperV(index uint32) bool { return index >= 0x40000000 && index < 0x40000200 }
 
 // mtrrs are the memory type range registers (SDM 4, 2.1): the default type,
 // the fixed ranges and eight variable ones.
