@@ -128,12 +128,33 @@ func launch(t *testing.T, program string, args ...string) *vm {
 			v.agent.Close()
 		}
 		v.cmd.Process.Kill()
-		<-v.exited
+		select {
+		case <-v.exited:
+		case <-time.After(killTime):
+			// A command that its disk never answers keeps its thread, and so the
+			// process and the disk: nothing can follow this.
+			panic(fmt.Sprintf("%s %s cannot be killed:\n%s\nstderr:\n%s\nend of the guest's console:\n%s", program, strings.Join(args, " "),
+				stacks(v.cmd.Process.Pid), v.stderr, tail(v.console.String(), 60)))
+		}
 		if t.Failed() {
 			t.Logf("%s %s\nstderr:\n%s\nend of the guest's console:\n%s", program, strings.Join(args, " "), v.stderr, tail(v.console.String(), 60))
 		}
 	})
 	return v
+}
+
+// killTime is how long a killed process may take to end.
+const killTime = time.Minute
+
+// stacks is where the threads of a process are in the kernel.
+func stacks(pid int) string {
+	var b strings.Builder
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stack", pid))
+	for _, path := range tasks {
+		stack, _ := os.ReadFile(path)
+		fmt.Fprintf(&b, "%s\n%s", path, stack)
+	}
+	return b.String()
 }
 
 // boot starts a guest of a stock kernel with the parameter work and more
