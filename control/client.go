@@ -88,7 +88,7 @@ func (c *Client) Explain(err error) error {
 		if pid, ferr := c.dir.find(c.name); ferr == nil && pid == 0 {
 			return notRunning(c.name)
 		}
-		return fmt.Errorf("guest %s does not answer: it is just starting or ending; try again", c.name)
+		return fmt.Errorf("guest %s does not answer: it is just starting or ending; try again (%w)", c.name, err)
 	case errors.As(err, &e) && e.Code() == connect.CodeDeadlineExceeded && !connect.IsWireError(err):
 		return fmt.Errorf("guest %s does not answer in time: its process may be stopped or overloaded", c.name)
 	case errors.As(err, &e):

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -253,6 +254,32 @@ func TestCommandsOnARealGuest(t *testing.T) {
 	} {
 		if got := vmm(test.status, test.args...); !strings.Contains(got, test.want) {
 			t.Errorf("vmm %v: %s; want %q", test.args, got, test.want)
+		}
+	}
+	// A host that never answers: the migration is given up from elsewhere.
+	in := filepath.Join(dir, "in")
+	ln, err := net.Listen("unix", in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for range 3 {
+		migrated := make(chan string, 1)
+		go func() { migrated <- vmm(1, "migrate", "web1", "unix://"+in) }()
+		conn, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := vmm(0, "status", "web1"); !strings.Contains(got, "migrating to unix://"+in) {
+			t.Errorf("vmm status: %s; want to hear of the migration", got)
+		}
+		if got := vmm(1, "pause", "web1"); !strings.Contains(got, "migrating to unix://"+in) {
+			t.Errorf("vmm pause: %s; want to hear of the migration", got)
+		}
+		vmm(0, "migrate", "web1", "--cancel")
+		conn.Close()
+		if got := <-migrated; !strings.Contains(got, "runs on here") && !strings.Contains(got, "refused") {
+			t.Errorf("vmm migrate: %s; want to hear that the guest runs on here", got)
 		}
 	}
 	// Here the guest is in this very process, whose end stop would wait for.
