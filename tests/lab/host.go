@@ -156,7 +156,32 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 		h.kill()
 		return nil, fmt.Errorf("lab: host did not start: %w\n%s", err, h.post())
 	}
+	go h.nudge()
 	return h, nil
+}
+
+// nudge interrupts the host once a second. QEMU's VMRUN sets a bit of the
+// processor's pending interrupts without its lock (helper_vmrun, at least up to
+// 10.0), and now and then it so drops the timer's interrupt that another thread
+// has just set. A host that is otherwise idle then never wakes again, and with
+// it stand its guests; any interrupt makes it look at its timers.
+func (h *Host) nudge() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	go func() {
+		<-h.Done()
+		cancel()
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			_ = h.client.Ping(ctx) // which repeats itself until it is answered
+		}
+	}
 }
 
 // arguments returns QEMU's arguments, and the descriptors it inherits,
