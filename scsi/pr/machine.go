@@ -353,6 +353,9 @@ const (
 	maxRemoves = 8
 )
 
+// maxMoved is how often another node's commands may spoil one look.
+const maxMoved = 16
+
 // look is a machine's reading of the LUN, one command at a time: with READ
 // FULL STATUS a single one, else READ RESERVATION and READ KEYS, between
 // which others may act. In that order: who is seen to hold with the guest's
@@ -366,11 +369,12 @@ type look struct {
 	in    InAction // the command that is due
 	caps  bool     // REPORT CAPABILITIES too
 	tries uint8
+	moved uint8 // how often the state changed between two reads
 }
 
 // start begins a look.
 func (l *look) start(p *Pair, caps bool) {
-	l.in, l.caps, l.tries = ReadReservation, caps, 0
+	l.in, l.caps, l.tries, l.moved = ReadReservation, caps, 0, 0
 	if p.FullStatus {
 		l.in = ReadFullStatus
 	}
@@ -391,15 +395,16 @@ func (l *look) answer(r Reply) (over, failed bool) {
 		l.in, l.gen = ReadKeys, r.Sight.Generation
 		return false, false
 	case l.in == ReadKeys && l.gen != r.Sight.Generation:
+		// Others may be as busy as they like: that is no failure of the disk.
 		l.in, l.gen = ReadReservation, 0
-		l.tries++
-		return l.tries == maxTries, l.tries == maxTries
+		l.moved++
+		return l.moved == maxMoved, l.moved == maxMoved
 	case l.in != ReportCapabilities && l.caps:
 		l.in = ReportCapabilities
-		l.gen, l.tries = 0, 0
+		l.gen, l.tries, l.moved = 0, 0, 0
 		return false, false
 	}
-	l.gen, l.tries = 0, 0
+	l.gen, l.tries, l.moved = 0, 0, 0
 	return true, false
 }
 
