@@ -28,7 +28,7 @@ build: ## the vmm command, in .build/vmm
 	@mkdir -p .build
 	go build -trimpath -o .build/vmm ./cmd/vmm
 
-demo: ## boot a stock guest on a real LUN and show a session in it
+demo: ## boot a stock guest on a real LUN, reserve it, migrate both
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS))
 	@./scripts/demo
 
