@@ -9,7 +9,6 @@ import (
 
 	"connectrpc.com/connect"
 
-	"vmm/machine"
 	"vmm/migration"
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
@@ -24,12 +23,14 @@ type migrations struct {
 	blocked error     // not nil: the guest must not run here
 }
 
-// outgoing is a migration under way.
+// outgoing is a migration under way. migrations.mu guards the first three.
 type outgoing struct {
-	*migration.Outgoing
-	to     string
-	handed string        // why nobody knows whether the guest runs at the other host
-	ended  chan struct{} // closed when summary and err are final
+	run    *migration.Outgoing // nil while the disks are asked before it
+	giveUp func()
+	handed string // why nobody knows whether the guest runs at the other host
+
+	to    string
+	ended chan struct{} // closed when summary and err are final
 
 	summary migration.Summary
 	err     error
@@ -62,28 +63,27 @@ func (m *migrations) inTheWay() error {
 // Without a migration it does nothing.
 func (m *migrations) force(dead bool) (forced bool, err error) {
 	m.mu.Lock()
-	o, blocked := m.current, m.blocked
-	handed := o != nil && o.handed != ""
+	o, blocked, handed := m.current, m.blocked, ""
+	if o != nil {
+		handed = o.handed
+	}
 	m.mu.Unlock()
 	switch {
 	case blocked != nil:
 		err = fmt.Errorf("%w; stop it with: vmm stop --force", blocked)
 	case o == nil:
 		return false, nil
-	case !handed:
+	case handed == "":
 		err = errors.New("the guest is migrating to " + o.to + ": vmm migrate --cancel gives that up")
 	case !dead:
-		err = fmt.Errorf("the guest was handed over to %s and may run there: %s; if that host is dead, and stays dead: vmm resume --force", o.to, o.handed)
+		err = fmt.Errorf("the guest was handed over to %s and may run there: %s; if that host is dead, and stays dead: vmm resume --force", o.to, handed)
 	default:
-		if err = o.Force(); err == nil {
+		if err = o.run.Force(); err == nil {
 			return true, nil
 		}
 	}
 	return false, connect.NewError(connect.CodeFailedPrecondition, err)
 }
-
-// scoutTime bounds what is asked of the disks before a migration begins.
-const scoutTime = 15 * time.Second
 
 func (s *service) Migrate(ctx context.Context, r *connect.Request[vmmv1.MigrateRequest], out *connect.ServerStream[vmmv1.MigrateResponse]) error {
 	steps := make(chan migration.Progress, 1)
@@ -124,31 +124,38 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
-	s.migration.mu.Lock()
-	defer s.migration.mu.Unlock()
-	if s.migration.current != nil || s.migration.blocked != nil {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("there is a migration already; see vmm status"))
-	}
-	ctx, cancel := context.WithTimeout(ctx, scoutTime)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	source, err := s.machine.Depart(ctx)
-	if err != nil {
-		return nil, failed(err)
+	o := &outgoing{giveUp: cancel, to: r.Address, ended: make(chan struct{})}
+	if err := s.migration.begin(o); err != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	o := &outgoing{to: r.Address, ended: make(chan struct{})}
 	opts.Progress = func(p migration.Progress) {
 		s.migration.mu.Lock()
 		o.handed = p.HandedOver
 		s.migration.mu.Unlock()
 		progress(p)
 	}
-	if o.Outgoing, err = migration.NewOutgoing(source, opts); err != nil {
+	// Disks may take their time; whoever asks for the status meanwhile is not
+	// to wait for them.
+	source, err := s.machine.Depart(ctx)
+	if err != nil {
+		s.migration.end(o)
+		return nil, failed(err)
+	}
+	run, err := migration.NewOutgoing(source, opts)
+	if err != nil {
+		s.migration.end(o)
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
-	s.migration.current = o
+	s.migration.mu.Lock()
+	o.run, o.giveUp = run, run.Cancel
+	s.migration.mu.Unlock()
+	if ctx.Err() != nil { // given up just before
+		run.Cancel()
+	}
 	// The migration outlives its client, and ends with the machine.
 	life, end := context.WithCancel(context.Background())
-
 	go func() {
 		select {
 		case <-s.machine.Ended():
@@ -157,21 +164,36 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 		}
 	}()
 	go func() {
-
 		defer end()
-		o.summary, o.err = o.Run(life)
-		s.migration.mu.Lock()
-		s.migration.current = nil
-		if errors.Is(o.err, migration.ErrBlocked) || errors.Is(o.err, migration.ErrHandedOver) {
-			s.migration.blocked = o.err
-		}
-		s.migration.mu.Unlock()
-		close(o.ended)
+		o.summary, o.err = run.Run(life)
+		s.migration.end(o)
 		if o.err == nil {
 			_ = s.machine.Stop() // it may have ended by itself
 		}
 	}()
 	return o, nil
+}
+
+// begin makes o the migration under way.
+func (m *migrations) begin(o *outgoing) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.current != nil || m.blocked != nil {
+		return errors.New("there is a migration already; see vmm status")
+	}
+	m.current = o
+	return nil
+}
+
+// end is what o's end leaves.
+func (m *migrations) end(o *outgoing) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.current = nil
+	if errors.Is(o.err, migration.ErrBlocked) || errors.Is(o.err, migration.ErrHandedOver) {
+		m.blocked = o.err
+	}
+	close(o.ended)
 }
 
 // options of a migration, as a client asks for them.
@@ -210,7 +232,7 @@ func (s *service) CancelMigration(context.Context, *connect.Request[vmmv1.Cancel
 	if o == nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("the guest is not migrating"))
 	}
-	o.Cancel()
+	o.giveUp()
 	return connect.NewResponse(&vmmv1.CancelMigrationResponse{}), nil
 }
 
@@ -239,5 +261,3 @@ func summaryMessage(s migration.Summary) *vmmv1.MigrationSummary {
 		Luns: luns(s.LUNs), Left: luns(s.Left),
 	}
 }
-
-var _ Machine = (*machine.Machine)(nil)

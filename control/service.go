@@ -31,6 +31,8 @@ type Machine interface {
 	Depart(ctx context.Context) (*machine.Departure, error)
 }
 
+var _ Machine = (*machine.Machine)(nil)
+
 // DefaultStopTimeout is the time that a guest has to shut down.
 const DefaultStopTimeout = 30 * time.Second
 

@@ -2,10 +2,8 @@ package machine
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 	"sync"
@@ -335,10 +333,8 @@ var _ migration.Destination = (*Arrival)(nil)
 // attached is a file that comes with the guest: kept in memory, as nobody has
 // said where else.
 type attached struct {
-	image *Image
-	file  *os.File
-	at    int64
-	hash  hash.Hash
+	file *os.File
+	at   int64 // bytes that have come
 }
 
 // expect makes room for a file. More than the guest's memory would never have
@@ -355,9 +351,8 @@ func (a *Arrival) expect(f migration.Attachment, cfg Config) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := &attached{image: &Image{Name: name, Size: f.Size, Data: file}, file: file, hash: sha256.New()}
-	a.files = append(a.files, x)
-	return x.image, nil
+	a.files = append(a.files, &attached{file: file})
+	return &Image{Name: name, Size: f.Size, SHA256: f.SHA256, Data: file}, nil
 }
 
 // drop closes the files of a machine that was not built.
@@ -383,17 +378,12 @@ func (a *Arrival) Attach(i int, data []byte) error {
 		return err
 	}
 	f.at += int64(len(data))
-	f.hash.Write(data)
 	return nil
 }
 
-// Load implements migration.Destination.
-func (a *Arrival) Load(s *vmmv1.MachineState) error {
-	for _, f := range a.files {
-		f.hash.Sum(f.image.SHA256[:0])
-	}
-	return a.m.Load(s)
-}
+// Load implements migration.Destination. That the files are those of the
+// offer, migration has seen to.
+func (a *Arrival) Load(s *vmmv1.MachineState) error { return a.m.Load(s) }
 
 // Run implements migration.Destination: it returns when the guest runs. Wait
 // returns when it has ended.

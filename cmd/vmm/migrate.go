@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -162,6 +163,18 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 		return fmt.Errorf("guest %s: its process ended in the middle of the migration; ask the other host whether it runs there", client.Name())
 	}
 	return show.summary(client.Name(), address, summary)
+}
+
+// absolute is a path as another process, with another working directory, needs
+// it.
+func absolute(path string) string {
+	if path == "" {
+		return ""
+	}
+	if full, err := filepath.Abs(path); err == nil {
+		return full
+	}
+	return path
 }
 
 // shower writes the progress and the summary of a migration: lines of JSON, a

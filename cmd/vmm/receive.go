@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os/signal"
-	"path/filepath"
 	"sync"
 	"syscall"
 
@@ -191,16 +190,4 @@ func (n *claims) Close() error {
 		return nil
 	}
 	return n.claim.Close()
-}
-
-// absolute is a path as another process, with another working directory, needs
-// it.
-func absolute(path string) string {
-	if path == "" {
-		return ""
-	}
-	if full, err := filepath.Abs(path); err == nil {
-		return full
-	}
-	return path
 }

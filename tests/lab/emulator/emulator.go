@@ -1,8 +1,8 @@
-// Package emulator finds the QEMU that a lab host runs under. Its emulation of
-// nested virtualization has to be right: before 8.1 a guest's XSETBV changes
-// its host's registers, and now and then a guest or a host ends at random. A
+// Package emulator finds the QEMU that a lab host runs under. Before 8.1 a
+// nested guest's XSETBV changes its host's registers behind KVM's back, so a
 // machine whose own QEMU is older gets a newer one out of Debian's backports,
-// unpacked into the lab's cache and not installed.
+// unpacked into the lab's cache and not installed. (Newer ones, too, lose an
+// interrupt or a host now and then: see lab's nudge and scripts/guests.)
 package emulator
 
 import (
@@ -32,7 +32,7 @@ type Version struct{ Major, Minor int }
 
 func (v Version) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
 
-// Oldest is the first release that can be trusted with a nested host.
+// Oldest is the first release that lets a hypervisor intercept XSETBV.
 var Oldest = Version{8, 1}
 
 // Less says whether v is older than w.
