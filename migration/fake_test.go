@@ -491,8 +491,8 @@ type proxy struct {
 	to     Address
 	cutAt  int // -1: never
 	drop   bool
-	dead   bool // nothing gets through afterwards, not even a new connection
-	onSend func(kind)
+	dead   bool       // nothing gets through afterwards, not even a new connection
+	onSend func(kind) // before the message goes on; both directions call it, at once
 
 	mu    sync.Mutex
 	conns []net.Conn

@@ -96,11 +96,12 @@ func TestRoundsReplaceEachOther(t *testing.T) {
 	}
 	round := uint64(1)
 	r.proxy(&proxy{cutAt: -1, onSend: func(k kind) {
-		// While the destination is being told of a round's end the guest
-		// writes the next one's pages; the last round is empty.
-		if round++; k != kindRoundDone || round > 40 {
+		// While the source is being told of a round's end the guest writes
+		// the next one's pages; the last round is empty.
+		if k != kindRoundDone || round == 40 {
 			return
 		}
+		round++
 		for p := range uint64(1024) {
 			r.src.write(p, round*(p+round)%3)
 		}
