@@ -370,9 +370,11 @@ func (x *search) trace(id uint32) string {
 func (x *search) emit(w world, label func() string) {
 	if w.dead() && w.shadow.key(nS) == kGuest && w.disk.key(nS) != kGuest && w.disk.key(nD) != kGuest {
 		// Its hosts have cleaned up after it, as they would have after a
-		// crash with no migration.
+		// crash with no migration: of what was left over on D, too.
 		x.disk(w.shadow)
-		x.target.out(nS, &Out{Action: Register, Key: kGuest, APTPL: w.shadow.persist()})
+		for _, n := range []int{nS, nD} {
+			x.target.out(n, &Out{Action: Register, Key: kGuest, APTPL: w.shadow.persist()})
+		}
 		w.shadow = pack(x.target)
 	}
 	n := next{w: w}
