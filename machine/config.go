@@ -65,6 +65,12 @@ type LUNConfig struct {
 // DefaultTimeout is the time one passed-through command may take.
 const DefaultTimeout = 30 * time.Second
 
+// Bounds of that time.
+const (
+	minTimeout = time.Second
+	maxTimeout = 24 * time.Hour
+)
+
 // ParseLUN reads [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe].
 // In values a comma is written twice.
 func ParseLUN(s string) (LUNConfig, error) {
@@ -107,7 +113,7 @@ func ParseLUN(s string) (LUNConfig, error) {
 			l.Initiator = value
 		case "timeout":
 			d, err := time.ParseDuration(value)
-			if err != nil || d < time.Second || d > 24*time.Hour {
+			if err != nil || d < minTimeout || d > maxTimeout {
 				return fail("timeout %s: give a time from 1s to 24h", value)
 			}
 			l.Timeout = d

@@ -200,6 +200,14 @@ func (c *Config) message(luns []*lun) *vmmv1.MachineConfig {
 	return m
 }
 
+// lunConfig is l on this host. New checks it.
+func lunConfig(l *vmmv1.LunConfig) LUNConfig {
+	return LUNConfig{
+		ID: l.GetId(), Path: l.GetPath(), Target: int(min(l.GetTarget(), MaxTargets)), Timeout: time.Duration(min(l.GetTimeoutMs(), 1<<40)) * time.Millisecond,
+		ReadOnly: l.GetReadonly(), Unsafe: l.GetAllowUnsafe(), Initiator: l.GetInitiator(),
+	}
+}
+
 // Reception makes machines for guests that arrive. It implements
 // migration.Host.
 type Reception struct {
@@ -294,10 +302,8 @@ func (r *Reception) config(offer migration.Offer) (Config, error) {
 	}
 	cfg.LUNs = nil
 	for _, l := range o.GetLuns() {
-		c := LUNConfig{
-			ID: l.GetId(), Path: l.GetPath(), Target: int(min(l.GetTarget(), MaxTargets)), Timeout: time.Duration(min(l.GetTimeoutMs(), 1<<40)) * time.Millisecond,
-			ReadOnly: l.GetReadonly(), Unsafe: l.GetAllowUnsafe(), Initiator: l.GetInitiator(), Identity: identity[l.GetId()],
-		}
+		c := lunConfig(l)
+		c.Identity = identity[c.ID]
 		if l.GetPassthrough() {
 			c.Path = "" // looked for by its identity
 		} else {

@@ -299,6 +299,72 @@ func TestCommandsOnARealGuest(t *testing.T) {
 	}
 }
 
+// The documented configuration file, as it stands, beside the files that it
+// names.
+func TestRunsTheExampleConfig(t *testing.T) {
+	kvmtest.NeedKVM(t)
+	run0, err := os.MkdirTemp("", "vmm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(run0) })
+	t.Setenv("VMM_RUN_DIR", run0)
+	t.Setenv("VMM_STATE_DIR", t.TempDir())
+	kernel := tinyKernel(t)
+	dir := filepath.Dir(kernel)
+	example, err := os.ReadFile("../../docs/examples/web1.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = errors.Join(
+		os.Rename(kernel, filepath.Join(dir, "vmlinuz")),
+		os.WriteFile(filepath.Join(dir, "web1.yaml"), example, 0o600),
+		os.WriteFile(filepath.Join(dir, "initrd.img"), []byte("initrd"), 0o600),
+		os.WriteFile(filepath.Join(dir, "root.img"), make([]byte, 1<<20), 0o600),
+		os.WriteFile(filepath.Join(dir, "shared.img"), make([]byte, 1<<20), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out screen
+	out.more.L = &out.mu
+	var errs bytes.Buffer
+	ended := make(chan int, 1)
+	args := []string{"run", "--config", filepath.Join(dir, "web1.yaml"), "--memory", "16M", "--cpu", "host", "--lun", "id=third,path=" + filepath.Join(dir, "third.img")}
+	if err := os.WriteFile(filepath.Join(dir, "third.img"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	go func() { ended <- run(t.Context(), args, strings.NewReader(""), &out, &errs) }()
+	printed := make(chan struct{})
+	go func() { out.waitFor("!"); close(printed) }()
+	select {
+	case <-printed:
+	case status := <-ended:
+		t.Fatalf("vmm %v: status %d, %s", args, status, &errs)
+	}
+	client, err := control.RunDir(run0).Dial("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	s, err := ask(t.Context(), client, askTime, client.Status, &vmmv1.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprintf("%s %d %s %d:", s.Name, s.Cpus, s.CpuModel, s.MemoryBytes>>20)
+	for _, l := range s.Luns {
+		got += fmt.Sprintf(" %s@%d %s", l.Id, l.Target, filepath.Base(l.Path))
+	}
+	if want := "web1 2 host 16: root@0 root.img shared@4 shared.img third@2 third.img"; got != want {
+		t.Errorf("the guest is %q; want %q", got, want)
+	}
+	if err := stopByForce(t.Context(), client); err != nil {
+		t.Error(err)
+	}
+	if status := <-ended; status != 0 {
+		t.Errorf("vmm %v: status %d, %s; want 0", args, status, &errs)
+	}
+}
+
 func stopByForce(ctx context.Context, c *control.Client) error {
 	_, err := ask(ctx, c, askTime, c.Stop, &vmmv1.StopRequest{Force: true})
 	return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 )
 
 type runFlags struct {
+	file                    string
 	kernel, initrd, cmdline string
 	cpus                    int
 	memory, cpu             string
@@ -29,7 +31,7 @@ type runFlags struct {
 func newRunCommand() *cobra.Command {
 	var f runFlags
 	c := &cobra.Command{
-		Use:   "run NAME --kernel FILE [flags]",
+		Use:   "run [NAME] {--kernel FILE | --config FILE} [flags]",
 		Short: "Boot a guest and stay with it in the foreground",
 		Long: `Boots a guest and stays in the foreground: the guest's console is written to
 standard output, everything else to standard error. The exit status is 0 when
@@ -44,18 +46,32 @@ While it runs, vmm ls, status, pause, resume, stop and pr reach it by its name.
 A LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe].
 PATH decides what it is: a /dev/sgN or a SCSI block device is passed through, a
 regular file is a software disk. The n-th --lun is target n-1, LUN 0, unless
-target= says otherwise.`,
+target= says otherwise.
+
+--config reads the same from a YAML file: name, kernel, initrd, cmdline, cpus,
+memory, cpu_model, no_reboot, and luns, a list of id, path, target, initiator,
+timeout, readonly and allow_unsafe. Relative paths start at the file's directory.
+What the command line says as well wins over the file; --lun adds a LUN.`,
 		Example: `  vmm run web1 --kernel vmlinuz --initrd initrd.img --cmdline "console=ttyS0 root=/dev/sda1" \
-          --cpus 2 --memory 1G --lun id=data,path=/dev/sg2 --lun id=root,path=root.img`,
+          --cpus 2 --memory 1G --lun id=data,path=/dev/sg2 --lun id=root,path=root.img
+  vmm run --config web1.yaml
+  vmm run web2 --config web1.yaml --memory 2G`,
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 {
-				return usageError{fmt.Errorf("run wants one name for the guest, as in: vmm run web1 --kernel vmlinuz")}
+			switch {
+			case len(args) == 1:
+				return validName(args[0])
+			case len(args) == 0 && f.file != "":
+				return nil
 			}
-			return validName(args[0])
+			return usageError{errors.New("run wants one name for the guest, as in: vmm run web1 --kernel vmlinuz")}
 		},
-		RunE: func(c *cobra.Command, args []string) error { return f.run(c, args[0]) },
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(c *cobra.Command, args []string) error {
+			return f.run(c, strings.Join(args, ""))
+		},
 	}
 	fs := c.Flags()
+	fs.StringVar(&f.file, "config", "", "YAML file that describes the guest; see above")
 	fs.StringVar(&f.kernel, "kernel", "", "bzImage, or ELF kernel with a PVH note")
 	fs.StringVar(&f.initrd, "initrd", "", "initial RAM disk")
 	fs.StringVar(&f.cmdline, "cmdline", "console=ttyS0", "kernel command line")
@@ -68,49 +84,84 @@ target= says otherwise.`,
 	return c
 }
 
-func (f *runFlags) config(name string) (machine.Config, error) {
-	bad := func(flag string, err error) (machine.Config, error) {
-		return machine.Config{}, usageError{fmt.Errorf("--%s: %w", flag, err)}
+// config is the machine that the command line and the file describe. A flag
+// that is given wins over the file; --lun adds to the file's LUNs.
+func (f *runFlags) config(c *cobra.Command, name string) (cfg machine.Config, err error) {
+	settings := []struct {
+		flag string
+		set  func() error
+	}{
+		{"kernel", func() error { cfg.Kernel = f.kernel; return nil }},
+		{"initrd", func() error { cfg.Initrd = f.initrd; return nil }},
+		{"cmdline", func() error { cfg.Cmdline = f.cmdline; return nil }},
+		{"no-reboot", func() error { cfg.NoReboot = f.noReboot; return nil }},
+		{"cpus", func() error {
+			cfg.CPUs = f.cpus
+			if f.cpus < 1 || f.cpus > machine.MaxCPUs {
+				return fmt.Errorf("%d: give 1 to %d", f.cpus, machine.MaxCPUs)
+			}
+			return nil
+		}},
+		{"memory", func() (err error) { cfg.Memory, err = machine.ParseSize(f.memory); return err }},
+		{"cpu", func() (err error) { cfg.CPU, err = machine.ParseCPUModel(f.cpu); return err }},
+		{"lun", func() error {
+			for _, s := range f.luns {
+				l, err := machine.ParseLUN(s)
+				if err != nil {
+					return err
+				}
+				cfg.LUNs = append(cfg.LUNs, l)
+			}
+			return nil
+		}},
+		{"stop-timeout", func() error {
+			if f.stopTimeout < 0 {
+				return fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout)
+			}
+			return nil
+		}},
 	}
-	cfg := machine.Config{
-		Name:     name,
-		CPUs:     f.cpus,
-		Kernel:   f.kernel,
-		Initrd:   f.initrd,
-		Cmdline:  f.cmdline,
-		NoReboot: f.noReboot,
-	}
-	var err error
-	if f.kernel == "" {
-		return bad("kernel", errors.New("give a bzImage or an ELF kernel"))
-	}
-	if f.cpus < 1 || f.cpus > machine.MaxCPUs {
-		return bad("cpus", fmt.Errorf("%d: give 1 to %d", f.cpus, machine.MaxCPUs))
-	}
-	if cfg.Memory, err = machine.ParseSize(f.memory); err != nil {
-		return bad("memory", err)
-	}
-	if cfg.CPU, err = machine.ParseCPUModel(f.cpu); err != nil {
-		return bad("cpu", err)
-	}
-	if f.stopTimeout < 0 {
-		return bad("stop-timeout", fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout))
-	}
-	for _, s := range f.luns {
-		l, err := machine.ParseLUN(s)
-		if err != nil {
-			return bad("lun", err)
+	set := func(given bool) error {
+		for _, s := range settings {
+			if c.Flags().Changed(s.flag) != given {
+				continue
+			}
+			if err := s.set(); err != nil {
+				return usageError{fmt.Errorf("--%s: %w", s.flag, err)}
+			}
 		}
-		cfg.LUNs = append(cfg.LUNs, l)
+		return nil
 	}
-	return cfg, nil
+	if err := set(false); err != nil {
+		return cfg, err
+	}
+	if f.file != "" {
+		if err := cfg.LoadConfig(f.file); err != nil {
+			return cfg, usageError{err}
+		}
+	}
+	if err := set(true); err != nil {
+		return cfg, err
+	}
+	if name != "" {
+		cfg.Name = name
+	}
+	switch {
+	case cfg.Name == "":
+		return cfg, usageError{fmt.Errorf("%s: name is missing, and so is a name on the command line, as in: vmm run web1 --config %[1]s", f.file)}
+	case cfg.Kernel == "" && f.file != "":
+		return cfg, usageError{fmt.Errorf("%s: kernel is missing: give a bzImage or an ELF kernel there, or --kernel", f.file)}
+	case cfg.Kernel == "":
+		return cfg, usageError{errors.New("--kernel: give a bzImage or an ELF kernel")}
+	}
+	return cfg, validName(cfg.Name)
 }
 
 // answerTime is the time that the last answers on the control socket have.
 const answerTime = 5 * time.Second
 
 func (f *runFlags) run(c *cobra.Command, name string) (err error) {
-	cfg, err := f.config(name)
+	cfg, err := f.config(c, name)
 	if err != nil {
 		return err
 	}
@@ -121,7 +172,7 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 	cfg.RunDir = string(dir)
 	// The name comes first: nothing else is touched on behalf of a second
 	// guest of one name. It is given up last, when the LUNs are free.
-	claim, err := dir.Claim(name)
+	claim, err := dir.Claim(cfg.Name)
 	if err != nil {
 		return err
 	}
