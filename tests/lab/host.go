@@ -199,8 +199,9 @@ func (cfg *Config) arguments(image string, port *os.File) ([]string, []*os.File,
 	}
 	params := []string{
 		"console=ttyS0", "panic=-1", "oops=panic", "quiet", "loglevel=4",
-		// An emulated machine on a busy one: its watchdogs see ghosts.
-		"nosoftlockup", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1",
+		// An emulated machine on a busy one: its watchdogs see ghosts, and
+		// whether the timer ticks is not to be asked within ten milliseconds.
+		"no_timer_check", "nosoftlockup", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1",
 		"mitigations=off", "kvm_amd.nested=0", "lab.name=" + name,
 	}
 	files := []*os.File{port}
