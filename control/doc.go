@@ -5,6 +5,7 @@
 //	rundir.go   names, locks and sockets of running machines
 //	server.go   the socket's server, safe against slow and hostile clients
 //	service.go  what its methods do
+//	console.go  those of the guest's console
 //	client.go   how the commands ask
 //	message.go  from machine's values to the schema's messages
 //

@@ -51,6 +51,7 @@ func NewServer(c *Claim, m Machine, version string) *Server {
 		connect.WithCompression("gzip", nil, nil), // a local socket is faster than gzip
 		connect.WithReadMaxBytes(maxRequest)))
 	mux.HandleFunc("GET /events", service.eventLines)
+	mux.HandleFunc("GET "+consolePath, service.consoleText)
 	s.http = http.Server{
 		Handler:           patient(mux),
 		ReadHeaderTimeout: readTime,
@@ -124,7 +125,10 @@ func patient(h http.Handler) http.Handler {
 		}
 		_ = rc.SetReadDeadline(time.Time{})
 		r.Body = io.NopCloser(bytes.NewReader(body))
-		h.ServeHTTP(&patientWriter{w, rc}, r)
+		if !unhurried[r.URL.Path] {
+			w = &patientWriter{w, rc}
+		}
+		h.ServeHTTP(w, r)
 	})
 }
 

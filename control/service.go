@@ -27,6 +27,8 @@ type Machine interface {
 	PowerButton()
 	Ended() <-chan struct{}
 	Events() (events <-chan machine.Event, cancel func())
+	Console() *machine.Console
+	ConsoleInput(ctx context.Context, p []byte) (int, error)
 	Reservation(ctx context.Context, id string) (machine.Reservation, error)
 	Depart(ctx context.Context) (*machine.Departure, error)
 }
@@ -46,6 +48,7 @@ type service struct {
 	machine   Machine
 	version   string
 	migration migrations
+	consoles  consoles
 }
 
 // failed is err as the API has it: what the client can do about it decides

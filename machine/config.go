@@ -33,8 +33,9 @@ type Config struct {
 	// NoReboot ends the machine where the guest asks for a reset.
 	NoReboot bool
 
-	// Console takes what the guest writes to its first serial port. A slow
-	// one slows the guest's output, never its vCPUs.
+	// Console takes what the guest writes to its first serial port; nil: only
+	// the machine's own Console does. A slow one slows the guest's output, never
+	// its vCPUs.
 	Console io.Writer
 	// Serial is the second serial port, nil for nobody there. The machine
 	// closes it.
@@ -184,9 +185,6 @@ func (c *Config) normalize() error {
 	c.CPU = model
 	if c.Warn == nil {
 		c.Warn = func(string) {}
-	}
-	if c.Console == nil {
-		c.Console = io.Discard
 	}
 	targets, ids := map[int]string{}, map[string]bool{}
 	for i := range c.LUNs {

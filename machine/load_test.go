@@ -189,7 +189,9 @@ func TestSaveLoadSaveIsTheIdentity(t *testing.T) {
 	rng := devices[1]
 	rng.Bus.Write(rng.Table+16+12, 4, 1) // mask the queue's vector: its interrupt stays pending
 	entropy(rng)
-	m.ConsoleInput([]byte("typed"))
+	if n, err := m.ConsoleInput(t.Context(), []byte("typed")); n != 5 || err != nil {
+		t.Fatalf("ConsoleInput() = %d, %v; want all of it", n, err)
+	}
 	m.PowerButton()
 	m.ports.write(boot.PortRTC, []byte{0x40})
 	m.ports.write(boot.PortRTC+1, []byte{0x99})

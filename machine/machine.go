@@ -27,22 +27,23 @@ import (
 type Machine struct {
 	cfg Config
 
-	kernel boot.File
-	initrd *boot.File // nil without
-	ram    *memory.RAM
-	vm     *kvm.VM
-	vcpus  []*vcpu
-	ports  bus
-	mmio   bus
-	pci    *pci.Host
-	virtio []*virtio.PCI
-	legacy []resetter
-	pm     *device.PM
-	rtc    *device.RTC
-	cf9    *device.ResetControl
-	uarts  [2]*device.UART
-	scsi   *virtio.SCSI
-	luns   []*lun
+	kernel  boot.File
+	initrd  *boot.File // nil without
+	ram     *memory.RAM
+	vm      *kvm.VM
+	vcpus   []*vcpu
+	ports   bus
+	mmio    bus
+	pci     *pci.Host
+	virtio  []*virtio.PCI
+	legacy  []resetter
+	pm      *device.PM
+	rtc     *device.RTC
+	cf9     *device.ResetControl
+	uarts   [2]*device.UART
+	console *Console
+	scsi    *virtio.SCSI
+	luns    []*lun
 
 	given given // what the guest was given of a processor
 	guest guest // what Run begins with
@@ -126,6 +127,7 @@ func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 		m.feed.publish(Event{Kind: EventWarning, Text: line})
 		warn(line)
 	}
+	m.console = NewConsole(m.cfg.Console, func(err error) { m.cfg.Warn(fmt.Sprintf("console output: %v", err)) })
 	steps := []func() error{m.openFiles, m.makeMemory, m.tryLoad, m.openLUNs, m.makeVM, m.makeDevices}
 	if in != nil {
 		m.guest = guestExpected
@@ -297,7 +299,7 @@ func (m *Machine) makeDevices() error {
 		m.ports.add(port, size, d)
 		m.legacy = append(m.legacy, d)
 	}
-	outputs := [2]io.Writer{m.cfg.Console, io.Discard}
+	outputs := [2]io.Writer{m.console, io.Discard}
 	if m.cfg.Serial != nil {
 		outputs[1] = m.cfg.Serial
 	}
@@ -451,6 +453,7 @@ func (m *Machine) Run(ctx context.Context) (err error) {
 		m.gate.end()
 		threads.Wait()
 		m.flush()
+		m.console.Close()
 	}()
 	if err := m.begin(); err != nil {
 		return err
@@ -478,18 +481,14 @@ func (m *Machine) flush() {
 // stopped by it.
 func (m *Machine) PowerButton() { m.pm.PressPowerButton() }
 
-// ConsoleInput types p at the guest's first serial port. It waits while much
-// is typed that the guest has not read.
-func (m *Machine) ConsoleInput(p []byte) {
-	// The only error is that the machine has ended.
-	_, _ = m.uarts[0].Input(context.Background(), p)
-}
-
 // Close frees what the machine holds: the LUNs, when their commands have come
 // back, and their locks, the VM, the memory. Run has returned or was never
 // called. A second Close does nothing.
 func (m *Machine) Close() error {
 	m.end()
+	if m.console != nil {
+		m.console.Close()
+	}
 	var errs []error
 	for len(m.close) > 0 {
 		last := len(m.close) - 1

@@ -30,7 +30,8 @@ import (
 
 // fakeGuest is the program "fakeguest NAME [deaf]": it leaves a process behind
 // that is a guest for everybody who controls it, and ends when that can be
-// reached. A deaf one does not mind its power button.
+// reached. It has printed a line, and prints what is typed. A deaf one does not
+// mind its power button.
 func fakeGuest() {
 	const child = "VMM_TEST_FAKE_GUEST"
 	fail := func(err error) {
@@ -60,6 +61,7 @@ func fakeGuest() {
 		fail(err)
 	}
 	m := controltest.New(os.Args[1])
+	m.Console().Write([]byte("booted\n"))
 	if !slices.Contains(os.Args, "deaf") {
 		m.Button = func() { m.Stop() }
 	}

@@ -44,7 +44,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 			parsed = true
 		},
 	}
-	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newPRCommand(),
+	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newPRCommand(),
 		newDoctorCommand(), newVersionCommand())
 	root.SetArgs(args)
 	root.SetIn(stdin)

@@ -41,7 +41,9 @@ instruction KVM cannot run), 2 for a mistake in the command line.
 On a terminal, Ctrl-] q quits at once and Ctrl-] Ctrl-] types one Ctrl-].
 SIGTERM, and SIGINT without a terminal, presses the guest's power button and
 ends the guest by force after --stop-timeout; a second one does so at once.
-While it runs, vmm ls, status, pause, resume, stop and pr reach it by its name.
+While it runs, vmm ls, status, pause, resume, stop, console and pr reach it by its
+name. A terminal that does not keep up with the guest's text misses some of it, which
+vmm says; a file or a pipe gets all of it, and the guest's output waits for it.
 
 A LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe].
 PATH decides what it is: a /dev/sgN or a SCSI block device is passed through, a
@@ -224,12 +226,42 @@ func (f *foreground) addFlags(fs *pflag.FlagSet) {
 // attach gives the machine what the process prints to.
 func (f *foreground) attach(c *cobra.Command, cfg *machine.Config) {
 	stderr := c.ErrOrStderr()
-	cfg.Console = c.OutOrStdout()
+	if cfg.Console = c.OutOrStdout(); screenOf(c) != nil {
+		cfg.Console = nil // supervise shows it: nobody waits for a terminal
+	}
 	newline := "\n"
 	if _, raw := isTerminal(c.InOrStdin()); raw {
 		newline = "\r\n" // while the guest has the terminal, a line feed does no more than it says
 	}
 	cfg.Warn = func(line string) { fmt.Fprintf(stderr, "vmm: %s%s", line, newline) }
+}
+
+// screenOf is the terminal that shows the guest's console; nil: that goes to a
+// file or a pipe, which gets all of it, however slow it is.
+func screenOf(c *cobra.Command) *os.File {
+	f, ok := isTerminal(c.OutOrStdout())
+	if !ok {
+		return nil
+	}
+	return f
+}
+
+// show writes a console's text to a terminal until it ends. A terminal that
+// does not keep up misses some.
+func show(console *machine.Console, f *os.File, warn func(string)) {
+	text, buf := console.Attach(machine.ConsoleKept), make([]byte, 4096)
+	for {
+		t, err := text.Next(context.Background(), buf)
+		if err != nil {
+			return
+		}
+		if t.Missed > 0 {
+			warn(fmt.Sprintf("%d bytes of the guest's text are missing here: they came faster than they could be shown", t.Missed))
+		}
+		if _, err := f.Write(t.Text); err != nil {
+			return // the terminal is gone, the guest is not
+		}
+	}
 }
 
 // port makes the second serial port.
@@ -257,12 +289,27 @@ func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machin
 		defer cancel()
 		_ = server.Close(ctx) // a client that does not take its answer is left behind
 	}()
-	force := func() { _ = m.Stop() } // else it has ended by itself
-	restore, err := attachConsole(c.InOrStdin(), m.ConsoleInput, force)
+	force := func() { _ = m.Stop() }                                           // else it has ended by itself
+	guest := func(p []byte) { _, _ = m.ConsoleInput(context.Background(), p) } // else it has ended
+	restore, err := attachConsole(c.InOrStdin(), guest, force)
 	if err != nil {
 		return fmt.Errorf("terminal: %w", err)
 	}
 	defer restore()
+	if f := screenOf(c); f != nil {
+		shown := make(chan struct{})
+		go func() {
+			show(m.Console(), f, warn)
+			close(shown)
+		}()
+		defer func() {
+			m.Console().Close()
+			select {
+			case <-shown:
+			case <-time.After(answerTime): // the terminal is stopped
+			}
+		}()
+	}
 
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)

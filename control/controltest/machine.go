@@ -22,15 +22,21 @@ type Machine struct {
 	Ask func(id string) (machine.Reservation, error)
 	// Feed is what Events gives out.
 	Feed chan machine.Event
+	// Type takes what is typed at the console; nil: it is printed there.
+	Type func(context.Context, []byte) (int, error)
 
-	mu    sync.Mutex
-	state machine.State
-	ended chan struct{}
+	console *machine.Console
+	mu      sync.Mutex
+	state   machine.State
+	ended   chan struct{}
 }
 
 // New makes a machine called name.
 func New(name string) *Machine {
-	return &Machine{Name: name, state: machine.StateRunning, Feed: make(chan machine.Event, 8), ended: make(chan struct{})}
+	return &Machine{
+		Name: name, state: machine.StateRunning, Feed: make(chan machine.Event, 8), ended: make(chan struct{}),
+		console: machine.NewConsole(nil, nil),
+	}
 }
 
 // Info has two logical units, data and root.
@@ -60,6 +66,7 @@ func (m *Machine) enter(s machine.State) error {
 	if m.state = s; s == machine.StateEnded {
 		close(m.ended)
 		close(m.Feed)
+		m.console.Close()
 	}
 	return nil
 }
@@ -81,6 +88,17 @@ func (m *Machine) Ended() <-chan struct{} { return m.ended }
 
 // Events gives out what is sent to Feed.
 func (m *Machine) Events() (<-chan machine.Event, func()) { return m.Feed, func() {} }
+
+// Console is empty at first.
+func (m *Machine) Console() *machine.Console { return m.console }
+
+// ConsoleInput does what Type says.
+func (m *Machine) ConsoleInput(ctx context.Context, p []byte) (int, error) {
+	if m.Type != nil {
+		return m.Type(ctx, p)
+	}
+	return m.console.Write(p)
+}
 
 // Reservation asks Ask.
 func (m *Machine) Reservation(_ context.Context, id string) (machine.Reservation, error) {

@@ -1657,6 +1657,205 @@ func (*CancelMigrationResponse) Descriptor() ([]byte, []int) {
 	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{23}
 }
 
+type ConsoleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ScrollbackBytes is how much comes first of what the guest has printed
+	// before; absent: all that is kept, which is 256 KiB.
+	ScrollbackBytes *uint64 `protobuf:"varint,1,opt,name=scrollback_bytes,json=scrollbackBytes,proto3,oneof" json:"scrollback_bytes,omitempty"`
+	// NoFollow ends the answer where the guest begins to print more.
+	NoFollow      bool `protobuf:"varint,2,opt,name=no_follow,json=noFollow,proto3" json:"no_follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleRequest) Reset() {
+	*x = ConsoleRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleRequest) ProtoMessage() {}
+
+func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
+func (*ConsoleRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ConsoleRequest) GetScrollbackBytes() uint64 {
+	if x != nil && x.ScrollbackBytes != nil {
+		return *x.ScrollbackBytes
+	}
+	return 0
+}
+
+func (x *ConsoleRequest) GetNoFollow() bool {
+	if x != nil {
+		return x.NoFollow
+	}
+	return false
+}
+
+// ConsoleResponse is a piece of what the guest prints. An empty one ends what
+// it had printed before.
+type ConsoleResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Text  []byte                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	// Scrollback says that the guest had printed the text before.
+	Scrollback bool `protobuf:"varint,2,opt,name=scrollback,proto3" json:"scrollback,omitempty"`
+	// MissedBytes is how much is missing before the text.
+	MissedBytes   uint64 `protobuf:"varint,3,opt,name=missed_bytes,json=missedBytes,proto3" json:"missed_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleResponse) Reset() {
+	*x = ConsoleResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleResponse) ProtoMessage() {}
+
+func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
+func (*ConsoleResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ConsoleResponse) GetText() []byte {
+	if x != nil {
+		return x.Text
+	}
+	return nil
+}
+
+func (x *ConsoleResponse) GetScrollback() bool {
+	if x != nil {
+		return x.Scrollback
+	}
+	return false
+}
+
+func (x *ConsoleResponse) GetMissedBytes() uint64 {
+	if x != nil {
+		return x.MissedBytes
+	}
+	return 0
+}
+
+type ConsoleInputRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          []byte                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleInputRequest) Reset() {
+	*x = ConsoleInputRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleInputRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleInputRequest) ProtoMessage() {}
+
+func (x *ConsoleInputRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleInputRequest.ProtoReflect.Descriptor instead.
+func (*ConsoleInputRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ConsoleInputRequest) GetText() []byte {
+	if x != nil {
+		return x.Text
+	}
+	return nil
+}
+
+type ConsoleInputResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleInputResponse) Reset() {
+	*x = ConsoleInputResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleInputResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleInputResponse) ProtoMessage() {}
+
+func (x *ConsoleInputResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleInputResponse.ProtoReflect.Descriptor instead.
+func (*ConsoleInputResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{27}
+}
+
 type EventsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1665,7 +1864,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[24]
+	mi := &file_vmm_v1_machine_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1876,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[24]
+	mi := &file_vmm_v1_machine_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1889,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{24}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{28}
 }
 
 // Event is something that happened to a machine.
@@ -1713,7 +1912,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[25]
+	mi := &file_vmm_v1_machine_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +1924,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[25]
+	mi := &file_vmm_v1_machine_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +1937,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{25}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Event) GetTime() string {
@@ -1907,14 +2106,27 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"takeoverUs\x12\x19\n" +
 	"\bstart_us\x18\a \x01(\x04R\astartUs\"\x18\n" +
 	"\x16CancelMigrationRequest\"\x19\n" +
-	"\x17CancelMigrationResponse\"\x0f\n" +
+	"\x17CancelMigrationResponse\"r\n" +
+	"\x0eConsoleRequest\x12.\n" +
+	"\x10scrollback_bytes\x18\x01 \x01(\x04H\x00R\x0fscrollbackBytes\x88\x01\x01\x12\x1b\n" +
+	"\tno_follow\x18\x02 \x01(\bR\bnoFollowB\x13\n" +
+	"\x11_scrollback_bytes\"h\n" +
+	"\x0fConsoleResponse\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\fR\x04text\x12\x1e\n" +
+	"\n" +
+	"scrollback\x18\x02 \x01(\bR\n" +
+	"scrollback\x12!\n" +
+	"\fmissed_bytes\x18\x03 \x01(\x04R\vmissedBytes\")\n" +
+	"\x13ConsoleInputRequest\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\fR\x04text\"\x16\n" +
+	"\x14ConsoleInputResponse\"\x0f\n" +
 	"\rEventsRequest\"q\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04time\x18\x01 \x01(\tR\x04time\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x12\n" +
 	"\x04text\x18\x04 \x01(\tR\x04text\x12\x16\n" +
-	"\x06missed\x18\x05 \x01(\rR\x06missed2\xa8\x04\n" +
+	"\x06missed\x18\x05 \x01(\rR\x06missed2\xb1\x05\n" +
 	"\x0eMachineService\x12<\n" +
 	"\x06Status\x12\x15.vmm.v1.StatusRequest\x1a\x16.vmm.v1.StatusResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\aVersion\x12\x16.vmm.v1.VersionRequest\x1a\x17.vmm.v1.VersionResponse\"\x03\x90\x02\x01\x124\n" +
@@ -1923,7 +2135,9 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\x04Stop\x12\x13.vmm.v1.StopRequest\x1a\x14.vmm.v1.StopResponse\x121\n" +
 	"\x04Luns\x12\x13.vmm.v1.LunsRequest\x1a\x14.vmm.v1.LunsResponse\x12<\n" +
 	"\aMigrate\x12\x16.vmm.v1.MigrateRequest\x1a\x17.vmm.v1.MigrateResponse0\x01\x12R\n" +
-	"\x0fCancelMigration\x12\x1e.vmm.v1.CancelMigrationRequest\x1a\x1f.vmm.v1.CancelMigrationResponse\x120\n" +
+	"\x0fCancelMigration\x12\x1e.vmm.v1.CancelMigrationRequest\x1a\x1f.vmm.v1.CancelMigrationResponse\x12<\n" +
+	"\aConsole\x12\x16.vmm.v1.ConsoleRequest\x1a\x17.vmm.v1.ConsoleResponse0\x01\x12I\n" +
+	"\fConsoleInput\x12\x1b.vmm.v1.ConsoleInputRequest\x1a\x1c.vmm.v1.ConsoleInputResponse\x120\n" +
 	"\x06Events\x12\x15.vmm.v1.EventsRequest\x1a\r.vmm.v1.Event0\x01B\x18Z\x16vmm/proto/vmm/v1;vmmv1b\x06proto3"
 
 var (
@@ -1938,7 +2152,7 @@ func file_vmm_v1_machine_proto_rawDescGZIP() []byte {
 	return file_vmm_v1_machine_proto_rawDescData
 }
 
-var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_vmm_v1_machine_proto_goTypes = []any{
 	(*StatusRequest)(nil),           // 0: vmm.v1.StatusRequest
 	(*StatusResponse)(nil),          // 1: vmm.v1.StatusResponse
@@ -1964,8 +2178,12 @@ var file_vmm_v1_machine_proto_goTypes = []any{
 	(*MigrationDowntime)(nil),       // 21: vmm.v1.MigrationDowntime
 	(*CancelMigrationRequest)(nil),  // 22: vmm.v1.CancelMigrationRequest
 	(*CancelMigrationResponse)(nil), // 23: vmm.v1.CancelMigrationResponse
-	(*EventsRequest)(nil),           // 24: vmm.v1.EventsRequest
-	(*Event)(nil),                   // 25: vmm.v1.Event
+	(*ConsoleRequest)(nil),          // 24: vmm.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),         // 25: vmm.v1.ConsoleResponse
+	(*ConsoleInputRequest)(nil),     // 26: vmm.v1.ConsoleInputRequest
+	(*ConsoleInputResponse)(nil),    // 27: vmm.v1.ConsoleInputResponse
+	(*EventsRequest)(nil),           // 28: vmm.v1.EventsRequest
+	(*Event)(nil),                   // 29: vmm.v1.Event
 }
 var file_vmm_v1_machine_proto_depIdxs = []int32{
 	12, // 0: vmm.v1.StatusResponse.luns:type_name -> vmm.v1.Lun
@@ -1986,18 +2204,22 @@ var file_vmm_v1_machine_proto_depIdxs = []int32{
 	10, // 15: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
 	16, // 16: vmm.v1.MachineService.Migrate:input_type -> vmm.v1.MigrateRequest
 	22, // 17: vmm.v1.MachineService.CancelMigration:input_type -> vmm.v1.CancelMigrationRequest
-	24, // 18: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
-	1,  // 19: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
-	3,  // 20: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
-	5,  // 21: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
-	7,  // 22: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
-	9,  // 23: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
-	11, // 24: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
-	17, // 25: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
-	23, // 26: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
-	25, // 27: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
-	19, // [19:28] is the sub-list for method output_type
-	10, // [10:19] is the sub-list for method input_type
+	24, // 18: vmm.v1.MachineService.Console:input_type -> vmm.v1.ConsoleRequest
+	26, // 19: vmm.v1.MachineService.ConsoleInput:input_type -> vmm.v1.ConsoleInputRequest
+	28, // 20: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
+	1,  // 21: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
+	3,  // 22: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
+	5,  // 23: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
+	7,  // 24: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
+	9,  // 25: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
+	11, // 26: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
+	17, // 27: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
+	23, // 28: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
+	25, // 29: vmm.v1.MachineService.Console:output_type -> vmm.v1.ConsoleResponse
+	27, // 30: vmm.v1.MachineService.ConsoleInput:output_type -> vmm.v1.ConsoleInputResponse
+	29, // 31: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
+	21, // [21:32] is the sub-list for method output_type
+	10, // [10:21] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -2013,13 +2235,14 @@ func file_vmm_v1_machine_proto_init() {
 		(*MigrateResponse_Progress)(nil),
 		(*MigrateResponse_Summary)(nil),
 	}
+	file_vmm_v1_machine_proto_msgTypes[24].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmm_v1_machine_proto_rawDesc), len(file_vmm_v1_machine_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

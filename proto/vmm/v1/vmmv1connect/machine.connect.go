@@ -57,6 +57,11 @@ const (
 	// MachineServiceCancelMigrationProcedure is the fully-qualified name of the MachineService's
 	// CancelMigration RPC.
 	MachineServiceCancelMigrationProcedure = "/vmm.v1.MachineService/CancelMigration"
+	// MachineServiceConsoleProcedure is the fully-qualified name of the MachineService's Console RPC.
+	MachineServiceConsoleProcedure = "/vmm.v1.MachineService/Console"
+	// MachineServiceConsoleInputProcedure is the fully-qualified name of the MachineService's
+	// ConsoleInput RPC.
+	MachineServiceConsoleInputProcedure = "/vmm.v1.MachineService/ConsoleInput"
 	// MachineServiceEventsProcedure is the fully-qualified name of the MachineService's Events RPC.
 	MachineServiceEventsProcedure = "/vmm.v1.MachineService/Events"
 )
@@ -88,6 +93,15 @@ type MachineServiceClient interface {
 	// CancelMigration gives the migration up, unless the guest has been handed
 	// over; it answers at once. Migrate's answer says how it ended.
 	CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error)
+	// Console tells what the guest has printed on its first serial port, and what
+	// it prints, until the machine ends. Any number of clients may read, 16 at a
+	// time; the guest waits for none of them. A client that does not keep up
+	// misses text, and is told how much.
+	Console(context.Context, *connect.Request[v1.ConsoleRequest]) (*connect.ServerStreamForClient[v1.ConsoleResponse], error)
+	// ConsoleInput types at the guest's first serial port, and answers when that
+	// has taken everything; while the guest does not read, that may be late. Any
+	// number of clients may type: what they send is passed on as it comes.
+	ConsoleInput(context.Context, *connect.Request[v1.ConsoleInputRequest]) (*connect.Response[v1.ConsoleInputResponse], error)
 	// Events tells what happens to the machine, beginning with the state it is
 	// in, until the machine ends. A client that does not keep up misses events,
 	// and is told how many.
@@ -155,6 +169,18 @@ func NewMachineServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(machineServiceMethods.ByName("CancelMigration")),
 			connect.WithClientOptions(opts...),
 		),
+		console: connect.NewClient[v1.ConsoleRequest, v1.ConsoleResponse](
+			httpClient,
+			baseURL+MachineServiceConsoleProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("Console")),
+			connect.WithClientOptions(opts...),
+		),
+		consoleInput: connect.NewClient[v1.ConsoleInputRequest, v1.ConsoleInputResponse](
+			httpClient,
+			baseURL+MachineServiceConsoleInputProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("ConsoleInput")),
+			connect.WithClientOptions(opts...),
+		),
 		events: connect.NewClient[v1.EventsRequest, v1.Event](
 			httpClient,
 			baseURL+MachineServiceEventsProcedure,
@@ -174,6 +200,8 @@ type machineServiceClient struct {
 	luns            *connect.Client[v1.LunsRequest, v1.LunsResponse]
 	migrate         *connect.Client[v1.MigrateRequest, v1.MigrateResponse]
 	cancelMigration *connect.Client[v1.CancelMigrationRequest, v1.CancelMigrationResponse]
+	console         *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
+	consoleInput    *connect.Client[v1.ConsoleInputRequest, v1.ConsoleInputResponse]
 	events          *connect.Client[v1.EventsRequest, v1.Event]
 }
 
@@ -217,6 +245,16 @@ func (c *machineServiceClient) CancelMigration(ctx context.Context, req *connect
 	return c.cancelMigration.CallUnary(ctx, req)
 }
 
+// Console calls vmm.v1.MachineService.Console.
+func (c *machineServiceClient) Console(ctx context.Context, req *connect.Request[v1.ConsoleRequest]) (*connect.ServerStreamForClient[v1.ConsoleResponse], error) {
+	return c.console.CallServerStream(ctx, req)
+}
+
+// ConsoleInput calls vmm.v1.MachineService.ConsoleInput.
+func (c *machineServiceClient) ConsoleInput(ctx context.Context, req *connect.Request[v1.ConsoleInputRequest]) (*connect.Response[v1.ConsoleInputResponse], error) {
+	return c.consoleInput.CallUnary(ctx, req)
+}
+
 // Events calls vmm.v1.MachineService.Events.
 func (c *machineServiceClient) Events(ctx context.Context, req *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.Event], error) {
 	return c.events.CallServerStream(ctx, req)
@@ -249,6 +287,15 @@ type MachineServiceHandler interface {
 	// CancelMigration gives the migration up, unless the guest has been handed
 	// over; it answers at once. Migrate's answer says how it ended.
 	CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error)
+	// Console tells what the guest has printed on its first serial port, and what
+	// it prints, until the machine ends. Any number of clients may read, 16 at a
+	// time; the guest waits for none of them. A client that does not keep up
+	// misses text, and is told how much.
+	Console(context.Context, *connect.Request[v1.ConsoleRequest], *connect.ServerStream[v1.ConsoleResponse]) error
+	// ConsoleInput types at the guest's first serial port, and answers when that
+	// has taken everything; while the guest does not read, that may be late. Any
+	// number of clients may type: what they send is passed on as it comes.
+	ConsoleInput(context.Context, *connect.Request[v1.ConsoleInputRequest]) (*connect.Response[v1.ConsoleInputResponse], error)
 	// Events tells what happens to the machine, beginning with the state it is
 	// in, until the machine ends. A client that does not keep up misses events,
 	// and is told how many.
@@ -312,6 +359,18 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 		connect.WithSchema(machineServiceMethods.ByName("CancelMigration")),
 		connect.WithHandlerOptions(opts...),
 	)
+	machineServiceConsoleHandler := connect.NewServerStreamHandler(
+		MachineServiceConsoleProcedure,
+		svc.Console,
+		connect.WithSchema(machineServiceMethods.ByName("Console")),
+		connect.WithHandlerOptions(opts...),
+	)
+	machineServiceConsoleInputHandler := connect.NewUnaryHandler(
+		MachineServiceConsoleInputProcedure,
+		svc.ConsoleInput,
+		connect.WithSchema(machineServiceMethods.ByName("ConsoleInput")),
+		connect.WithHandlerOptions(opts...),
+	)
 	machineServiceEventsHandler := connect.NewServerStreamHandler(
 		MachineServiceEventsProcedure,
 		svc.Events,
@@ -336,6 +395,10 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 			machineServiceMigrateHandler.ServeHTTP(w, r)
 		case MachineServiceCancelMigrationProcedure:
 			machineServiceCancelMigrationHandler.ServeHTTP(w, r)
+		case MachineServiceConsoleProcedure:
+			machineServiceConsoleHandler.ServeHTTP(w, r)
+		case MachineServiceConsoleInputProcedure:
+			machineServiceConsoleInputHandler.ServeHTTP(w, r)
 		case MachineServiceEventsProcedure:
 			machineServiceEventsHandler.ServeHTTP(w, r)
 		default:
@@ -377,6 +440,14 @@ func (UnimplementedMachineServiceHandler) Migrate(context.Context, *connect.Requ
 
 func (UnimplementedMachineServiceHandler) CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.CancelMigration is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) Console(context.Context, *connect.Request[v1.ConsoleRequest], *connect.ServerStream[v1.ConsoleResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.Console is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) ConsoleInput(context.Context, *connect.Request[v1.ConsoleInputRequest]) (*connect.Response[v1.ConsoleInputResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.ConsoleInput is not implemented"))
 }
 
 func (UnimplementedMachineServiceHandler) Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.Event]) error {
