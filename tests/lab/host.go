@@ -13,8 +13,10 @@
 package lab
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -53,6 +55,8 @@ type Config struct {
 	HostRoot bool
 	// NICs are network interfaces, eth0 and so on.
 	NICs []NIC
+	// Initiator gives the host an iSCSI initiator: Debian's iscsistart.
+	Initiator bool
 
 	Console io.Writer // gets the console's output as it comes, if not nil
 	Cmdline string    // more kernel parameters
@@ -64,7 +68,7 @@ const processor = "max,+svm,+npt"
 
 // NIC is one end of a cable between two hosts.
 type NIC struct {
-	End     *os.File // from Cable; the host owns it after Start, whatever Start returns
+	End     *os.File // of a cable; the host owns it after Start, whatever Start returns
 	Address string   // IPv4 with prefix length, 10.0.0.1/24
 }
 
@@ -73,6 +77,56 @@ type NIC struct {
 func Cable() (a, b *os.File, err error) {
 	return socketPair(false)
 }
+
+// TappedCable is a Cable of which this process holds the middle. It shows each
+// Ethernet frame to pass, from one goroutine for each direction: toB says which
+// way the frame goes, false drops it, and no other frame of the direction passes
+// before pass returns. The cable is gone when a host at one end is.
+func TappedCable(pass func(frame []byte, toB bool) bool) (a, b *os.File, err error) {
+	middleA, a, err := socketPair(true)
+	if err != nil {
+		return nil, nil, err
+	}
+	middleB, b, err := socketPair(true)
+	if err != nil {
+		middleA.Close()
+		a.Close()
+		return nil, nil, err
+	}
+	relay := func(from, to *os.File, toB bool) {
+		defer from.Close()
+		defer to.Close()
+		r := bufio.NewReaderSize(from, 64<<10)
+		for {
+			// QEMU's stream of frames: four bytes of length, big-endian, each.
+			var head [4]byte
+			if _, err := io.ReadFull(r, head[:]); err != nil {
+				return
+			}
+			n := binary.BigEndian.Uint32(head[:])
+			if n > maxFrame {
+				return
+			}
+			b := make([]byte, 4+n)
+			copy(b, head[:])
+			if _, err := io.ReadFull(r, b[4:]); err != nil {
+				return
+			}
+			if !pass(b[4:], toB) {
+				continue
+			}
+			if _, err := to.Write(b); err != nil {
+				return
+			}
+		}
+	}
+	go relay(middleA, middleB, true)
+	go relay(middleB, middleA, false)
+	return a, b, nil
+}
+
+// maxFrame is more than QEMU sends: 64 KiB and headers.
+const maxFrame = 128 << 10
 
 // socketPair makes two connected stream sockets. If pollable, the first is in
 // non-blocking mode, in the care of Go's poller: only then does Close wake a
@@ -121,7 +175,7 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 			return nil, err
 		}
 	}
-	image, err := Image(ctx, cfg.Kernel)
+	image, err := Image(ctx, cfg.Kernel, cfg.Initiator)
 	if err != nil {
 		return nil, err
 	}

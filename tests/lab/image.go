@@ -41,9 +41,10 @@ var packages = [][2]string{
 	{"ldd", "libc-bin"},
 }
 
-// Image returns the path of the initramfs of a lab host for a kernel. It is
-// built if the cache has none with the same contents.
-func Image(ctx context.Context, k *kernel.Kernel) (string, error) {
+// Image returns the path of the initramfs of a lab host for a kernel, with an
+// iSCSI initiator if that is wanted. It is built if the cache has none with the
+// same contents.
+func Image(ctx context.Context, k *kernel.Kernel, initiator bool) (string, error) {
 	for _, p := range packages {
 		if err := deb.NeedTool(p[0], p[1]); err != nil {
 			return "", err
@@ -61,6 +62,15 @@ func Image(ctx context.Context, k *kernel.Kernel) (string, error) {
 	}
 	if err := a.Programs(tools...); err != nil {
 		return "", err
+	}
+	if initiator {
+		tree, err := deb.Unpack(ctx, "open-iscsi", "libopeniscsiusr")
+		if err != nil {
+			return "", err
+		}
+		if err := a.ProgramsFrom(tree, "/sbin/iscsistart"); err != nil {
+			return "", err
+		}
 	}
 	if err := a.Busybox(); err != nil {
 		return "", err

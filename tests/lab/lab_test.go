@@ -177,6 +177,47 @@ func TestCable(t *testing.T) {
 	}
 }
 
+func TestTappedCable(t *testing.T) {
+	frame := func(s string) string { return "\x00\x00\x00" + string(rune(len(s))) + s }
+	held, free := make(chan string), make(chan bool)
+	a, b, err := TappedCable(func(f []byte, toB bool) bool {
+		if !toB {
+			return true
+		}
+		held <- string(f)
+		return <-free
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	// The pieces in which a frame comes are no matter.
+	first, second := frame("one"), frame("two")
+	io.WriteString(a, first[:2])
+	io.WriteString(a, first[2:]+second)
+	if got := <-held; got != "one" {
+		t.Errorf("the tap is shown %q; want one", got)
+	}
+	io.WriteString(b, frame("back")) // the other direction is not held up
+	got := make([]byte, 8)
+	if _, err := io.ReadFull(a, got); err != nil || string(got) != frame("back") {
+		t.Errorf("received %q, %v; want the frame", got, err)
+	}
+	free <- false
+	if got := <-held; got != "two" {
+		t.Errorf("the tap is shown %q; want two", got)
+	}
+	free <- true
+	got = got[:7]
+	if _, err := io.ReadFull(b, got); err != nil || string(got) != second {
+		t.Errorf("received %q, %v; want the second frame alone", got, err)
+	}
+	b.Close()
+	if n, err := a.Read(got); err != io.EOF {
+		t.Errorf("with the other end gone Read = %d, %v; want EOF", n, err)
+	}
+}
+
 func TestPanicIsReported(t *testing.T) {
 	needLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), startTime)

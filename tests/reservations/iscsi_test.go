@@ -174,7 +174,7 @@ func needISCSI(t *testing.T, names string) *unit {
 	for _, name := range strings.Split(names, "") {
 		initiators = append(initiators, "iqn.2026-01.lab:host-"+strings.ToLower(name))
 	}
-	p, err := l.ExportISCSI(initiators...)
+	p, err := l.ExportISCSI(lio.Loopback, initiators...)
 	if err != nil {
 		l.Close()
 		t.Fatal(err)

@@ -81,6 +81,68 @@ func Lock(ctx context.Context, path string) (unlock func(), err error) {
 	}
 }
 
+// Candidate returns the version of a package that apt would install.
+func Candidate(ctx context.Context, pkg string) (string, error) {
+	out, err := Run(ctx, "", "apt-cache", "--no-all-versions", "show", pkg)
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(out)) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "Version: "); ok {
+			return v, nil
+		}
+	}
+	return "", fmt.Errorf("apt-cache show %s names no version", pkg)
+}
+
+// Unpack returns a directory that has the contents of packages, from the cache
+// or fetched into it: complete or not at all. The first one's version is that
+// of the cache's entry; where apt knows none, any entry will do.
+func Unpack(ctx context.Context, packages ...string) (string, error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	prefix := filepath.Join(cache, "deb-"+packages[0]+"_")
+	version, err := Candidate(ctx, packages[0])
+	if err != nil {
+		if found, _ := filepath.Glob(prefix + "*"); len(found) > 0 {
+			return found[len(found)-1], nil
+		}
+		return "", fmt.Errorf("lab: package %s: %w (is this Debian? try: apt-get update)", packages[0], err)
+	}
+	entry := prefix + strings.ReplaceAll(version, ":", "%3a")
+	unlock, err := Lock(ctx, filepath.Join(cache, "deb-"+packages[0]+".lock"))
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if _, err := os.Stat(entry); err == nil {
+		return entry, nil
+	}
+	temp, err := os.MkdirTemp(cache, "tmp-deb-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(temp)
+	// As root, apt would drop to a user that cannot write here, and warn.
+	download := append([]string{"-qq", "-o", "APT::Sandbox::User=root", "download"}, packages...)
+	if _, err := Run(ctx, temp, "apt-get", download...); err != nil {
+		return "", fmt.Errorf("lab: %w (package lists may be out of date; try: apt-get update)", err)
+	}
+	debs, _ := filepath.Glob(filepath.Join(temp, "*.deb"))
+	if len(debs) != len(packages) {
+		return "", fmt.Errorf("lab: apt-get download %s: %d packages came; want %d", strings.Join(packages, " "), len(debs), len(packages))
+	}
+	tree := filepath.Join(temp, "tree")
+	for _, file := range debs {
+		if _, err := Run(ctx, temp, "dpkg-deb", "-x", file, tree); err != nil {
+			return "", err
+		}
+	}
+	return entry, os.Rename(tree, entry)
+}
+
 // Run runs a program in a directory and returns its standard output; an error has the
 // standard error's text.
 func Run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {

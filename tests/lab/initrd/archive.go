@@ -71,16 +71,23 @@ func (a *Archive) Has(name string) bool {
 // Copy adds a file of this machine under the same name, following links.
 func (a *Archive) Copy(names ...string) error {
 	for _, name := range names {
-		data, err := os.ReadFile(name)
-		if err != nil {
+		if err := a.copyFrom("", name); err != nil {
 			return err
 		}
-		info, err := os.Stat(name)
-		if err != nil {
-			return err
-		}
-		a.File(name, info.Mode(), data)
 	}
+	return nil
+}
+
+func (a *Archive) copyFrom(root, name string) error {
+	data, err := os.ReadFile(root + name)
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(root + name)
+	if err != nil {
+		return err
+	}
+	a.File(name, info.Mode(), data)
 	return nil
 }
 
@@ -88,15 +95,19 @@ var lddLine = regexp.MustCompile(`(?m)^\s+(?:\S+ => )?(/\S+) \(0x`)
 
 // Programs adds programs of this machine, each under its own name, and the
 // shared libraries they need, as ldd finds them.
-func (a *Archive) Programs(names ...string) error {
-	if err := a.Copy(names...); err != nil {
-		return err
-	}
+func (a *Archive) Programs(names ...string) error { return a.ProgramsFrom("", names...) }
+
+// ProgramsFrom is Programs for what a directory has as if it were the root: a
+// package that was unpacked there. Libraries that it lacks are this machine's.
+func (a *Archive) ProgramsFrom(root string, names ...string) error {
 	// ldd fails for scripts and static programs; both need no libraries.
 	var dynamic []string
 	for _, name := range names {
+		if err := a.copyFrom(root, name); err != nil {
+			return err
+		}
 		if bytes.Contains(a.entries[path.Clean(name)].data, []byte("/ld-linux")) {
-			dynamic = append(dynamic, name)
+			dynamic = append(dynamic, root+name)
 		}
 	}
 	if len(dynamic) == 0 {
@@ -104,6 +115,9 @@ func (a *Archive) Programs(names ...string) error {
 	}
 	cmd := exec.Command("ldd", dynamic...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	if root != "" {
+		cmd.Env = append(cmd.Env, "LD_LIBRARY_PATH="+root+"/usr/lib/x86_64-linux-gnu:"+root+"/lib/x86_64-linux-gnu")
+	}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("ldd %s: %w: %s", strings.Join(dynamic, " "), err, out)
@@ -112,8 +126,13 @@ func (a *Archive) Programs(names ...string) error {
 		return fmt.Errorf("ldd: a library is missing: %s", out)
 	}
 	for _, match := range lddLine.FindAllSubmatch(out, -1) {
-		if lib := string(match[1]); !a.Has(lib) {
-			if err := a.Copy(lib); err != nil {
+		from := ""
+		lib := string(match[1])
+		if root != "" && strings.HasPrefix(lib, root+"/") {
+			from, lib = root, strings.TrimPrefix(lib, root)
+		}
+		if !a.Has(lib) {
+			if err := a.copyFrom(from, lib); err != nil {
 				return err
 			}
 		}

@@ -130,6 +130,22 @@ func TestPrograms(t *testing.T) {
 			t.Errorf("the archive has %v; want %s too, which %s needs", names, lib, sh)
 		}
 	}
+	// From a tree a program comes under the name that it has there.
+	tree := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(tree, "sbin"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(sh)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tree, "sbin/tool"), data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var b Archive
+	if err := b.ProgramsFrom(tree, "/sbin/tool"); err != nil || !b.Has("/sbin/tool") || b.Has(tree) {
+		t.Errorf("ProgramsFrom(%s, /sbin/tool) = %v; want /sbin/tool in the archive", tree, err)
+	}
 	if err := a.Programs("/no/such/program"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("Programs(/no/such/program) = %v; want ErrNotExist", err)
 	}

@@ -106,25 +106,14 @@ func resolve(ctx context.Context, meta string) (pkg, version string, err error) 
 			if v, ok := strings.CutPrefix(rest, "(= "); ok {
 				return name, strings.TrimSuffix(v, ")"), nil
 			}
-			v, err := candidate(ctx, name)
+			v, err := deb.Candidate(ctx, name)
+			if err != nil {
+				err = fmt.Errorf("%w: %w", ErrNotFetched, err)
+			}
 			return name, v, err
 		}
 	}
 	return "", "", fmt.Errorf("%w: apt-cache show %s names no linux-image package; try: apt-get update", ErrNotFetched, meta)
-}
-
-// candidate returns the version of a package that apt would install.
-func candidate(ctx context.Context, pkg string) (string, error) {
-	out, err := deb.Run(ctx, "", "apt-cache", "--no-all-versions", "show", pkg)
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", ErrNotFetched, err)
-	}
-	for line := range strings.Lines(string(out)) {
-		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "Version: "); ok {
-			return v, nil
-		}
-	}
-	return "", fmt.Errorf("%w: apt-cache show %s names no version", ErrNotFetched, pkg)
 }
 
 // newestCached returns the cached kernel of a flavour that was fetched last,

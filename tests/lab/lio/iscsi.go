@@ -1,9 +1,11 @@
 package lio
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,8 +14,7 @@ import (
 
 const iscsi = configfs + "/iscsi"
 
-// Portal is a LUN as an iSCSI target of this machine has it, LUN 0, at
-// 127.0.0.1 port 3260.
+// Portal is a LUN as an iSCSI target of this machine has it, LUN 0.
 type Portal struct {
 	Target  string // the target's name
 	Address string // host:port
@@ -22,11 +23,14 @@ type Portal struct {
 	initiators []string
 }
 
-// ExportISCSI makes l the LUN of an iSCSI target, without authentication, for
-// the initiators of these names and no other. The portal is closed before the
-// LUN is.
-func (l *LUN) ExportISCSI(initiators ...string) (_ *Portal, err error) {
-	p := &Portal{Target: "iqn.2026-01.lab:" + strings.ToLower(l.Name), Address: "127.0.0.1:3260", lun: l, initiators: initiators}
+// Loopback is an address for a portal that only this machine reaches.
+const Loopback = "127.0.0.1:3260"
+
+// ExportISCSI makes l the LUN of an iSCSI target at an address of this machine,
+// HOST:PORT, without authentication, for the initiators of these names and no
+// other. The portal is closed before the LUN is.
+func (l *LUN) ExportISCSI(address string, initiators ...string) (_ *Portal, err error) {
+	p := &Portal{Target: "iqn.2026-01.lab:" + strings.ToLower(l.Name), Address: address, lun: l, initiators: initiators}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("lio: export LUN %s by iSCSI: %w", l.Name, err), p.Close())
@@ -86,4 +90,48 @@ func (p *Portal) Close() error {
 		}
 	}
 	return nil
+}
+
+// Login logs an initiator of this name in to a portal of whatever machine and
+// waits for the LUN's devices. The kernel has the session then, and no program:
+// a connection that is lost stays lost. A target that does not answer pings in
+// time is waited for, as in an emulated host it may only be slow.
+func Login(ctx context.Context, initiator, target, address string) (Device, error) {
+	fail := func(err error) (Device, error) {
+		return Device{}, fmt.Errorf("lio: log in to %s at %s as %s: %w", target, address, initiator, err)
+	}
+	for _, module := range []string{"crc32c_generic", "iscsi_tcp", "sd_mod", "sg"} {
+		if err := modprobe(module); err != nil {
+			return Device{}, err
+		}
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return fail(err)
+	}
+	out, err := exec.CommandContext(ctx, "iscsistart", "-i", initiator, "-t", target, "-g", "1", "-a", host, "-p", port,
+		"-P", "node.conn[0].timeo.noop_out_interval=0", "-P", "node.conn[0].timeo.noop_out_timeout=0").CombinedOutput()
+	if err != nil {
+		return fail(fmt.Errorf("iscsistart: %w: %s", err, out))
+	}
+	sessions, err := filepath.Glob("/sys/class/iscsi_session/session*")
+	if err != nil {
+		return fail(err)
+	}
+	for _, session := range sessions {
+		name, err1 := readLine(session + "/initiatorname")
+		to, err2 := readLine(session + "/targetname")
+		if err1 != nil || err2 != nil || name != initiator || to != target {
+			continue
+		}
+		// .../hostN/sessionM/iscsi_session/sessionM
+		path, err := filepath.EvalSymlinks(session)
+		if err != nil {
+			return fail(err)
+		}
+		_, rest, _ := strings.Cut(path, "/host")
+		number, _, _ := strings.Cut(rest, "/")
+		return WaitDevice(ctx, number+":0:0:0")
+	}
+	return fail(fmt.Errorf("the kernel has %d sessions, and none of these names", len(sessions)))
 }

@@ -110,8 +110,10 @@ func command() *cobra.Command {
 					return err
 				}
 				if flavour == kernel.Generic {
-					if _, err := lab.Image(c.Context(), k); err != nil {
-						return err
+					for _, initiator := range []bool{false, true} {
+						if _, err := lab.Image(c.Context(), k, initiator); err != nil {
+							return err
+						}
 					}
 				}
 				if _, err := guest.Initrd(c.Context(), k); err != nil {
