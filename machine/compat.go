@@ -116,6 +116,35 @@ func (m *Machine) Requirements() *vmmv1.Requirements {
 	return r
 }
 
+// Needs is what a guest of this CPU model would need of another host, were it
+// started here: it makes a machine of one vCPU for a moment. A guest of model
+// host needs what this host offers.
+func Needs(model CPUModel) (*vmmv1.Requirements, error) {
+	m := empty(Config{CPUs: 1, Memory: minMemory, CPU: model, Warn: func(string) {}})
+	for _, make := range []func() error{m.makeMemory, m.makeVM} {
+		if err := make(); err != nil {
+			return nil, errors.Join(err, m.Close())
+		}
+	}
+	return m.Requirements(), m.Close()
+}
+
+// Lacks names what a guest needs that a host does not offer, which is what
+// Needs says there of model host. Either may come from another host, and is
+// not trusted. An error says that the two do not speak of the same virtual hardware.
+func Lacks(need, offered *vmmv1.Requirements) (lacks []string, err error) {
+	for _, r := range []*vmmv1.Requirements{need, offered} {
+		if err := checkShape(r); err != nil {
+			return nil, err
+		}
+	}
+	lacks = compareCPUID(cpuidOf(need.Vcpus[0]), cpuidOf(offered.Vcpus[0]))
+	if missing := without(need.Msrs, offered.Msrs); missing != nil {
+		lacks = append(lacks, "model-specific registers "+listMSRs(missing))
+	}
+	return lacks, nil
+}
+
 // CheckCompatible says whether this host can offer what a guest needs. The
 // error names everything that it cannot. A TSC rate is no reason: see
 // NewIncoming.

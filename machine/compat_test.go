@@ -185,3 +185,36 @@ func TestTSCRate(t *testing.T) {
 		}
 	}
 }
+
+// What a guest of this host needs, this host offers; what the survey says is
+// what a machine says of itself.
+func TestNeedsAndLacks(t *testing.T) {
+	kvmtest.NeedKVM(t)
+	need, err := Needs(CPUHost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := CheckCompatible(need); err != nil {
+		t.Errorf("CheckCompatible(Needs()) = %v", err)
+	}
+	if lacks, err := Lacks(need, need); lacks != nil || err != nil {
+		t.Errorf("Lacks(x, x) = %v, %v; want none", lacks, err)
+	}
+	lesser := proto.CloneOf(need)
+	for _, l := range lesser.Vcpus[0].Cpuid {
+		if l.Function == 1 {
+			l.Edx &^= 1 << 25
+		}
+	}
+	lesser.Msrs = lesser.Msrs[1:]
+	lacks, err := Lacks(need, lesser)
+	if want := []string{"sse", "model-specific registers " + listMSRs(need.Msrs[:1])}; err != nil || !slices.Equal(lacks, want) {
+		t.Errorf("Lacks() of a lesser host = %q, %v; want %q", lacks, err, want)
+	}
+	if lacks, err := Lacks(lesser, need); lacks != nil || err != nil {
+		t.Errorf("Lacks() of a richer host = %q, %v; want none", lacks, err)
+	}
+	if _, err := Lacks(need, &vmmv1.Requirements{Hardware: 99}); err == nil || !strings.Contains(err.Error(), "version 99 of the virtual hardware") {
+		t.Errorf("Lacks() of other hardware: %v", err)
+	}
+}

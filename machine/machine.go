@@ -101,13 +101,7 @@ func New(cfg Config) (*Machine, error) { return build(cfg, nil) }
 
 // build builds a machine, for the guest that arrives if there is one.
 func build(cfg Config, in *Incoming) (_ *Machine, err error) {
-	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), ended: make(chan struct{})}
-	m.end = sync.OnceFunc(func() {
-		m.enterState(StateEnded, m.ending)
-		m.feed.end()
-		close(m.ended)
-	})
-	m.enterState(StateStarting, "")
+	m := empty(cfg)
 	if cfg.Serial != nil {
 		m.onClose(cfg.Serial.Close)
 	}
@@ -141,6 +135,18 @@ func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 		}
 	}
 	return m, nil
+}
+
+// empty is a machine without parts.
+func empty(cfg Config) *Machine {
+	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), ended: make(chan struct{})}
+	m.end = sync.OnceFunc(func() {
+		m.enterState(StateEnded, m.ending)
+		m.feed.end()
+		close(m.ended)
+	})
+	m.enterState(StateStarting, "")
+	return m
 }
 
 func (m *Machine) onClose(f func() error) { m.close = append(m.close, f) }

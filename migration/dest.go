@@ -24,6 +24,9 @@ type ReceiveOptions struct {
 	Progress func(Progress)
 	// Warn is told why a migration that began came to nothing.
 	Warn func(error)
+	// Survey, if not nil, describes this host to whoever asks before any
+	// migration. It is called once at a time, also while a guest arrives.
+	Survey func() *vmmv1.HostSurvey
 }
 
 // Arrival is a guest that runs here.
@@ -116,6 +119,8 @@ type receiver struct {
 	mu      sync.Mutex
 	current ID     // of the migration under way; zero: none
 	doubt   string // what a question about it is answered
+
+	surveying sync.Mutex // held while the host is looked at
 }
 
 // hello is a control connection with its first message.
@@ -209,6 +214,8 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 		}
 	case roleQuery:
 		r.answer(ctx, conn, p.id)
+	case roleSurvey:
+		r.describe(conn)
 	}
 }
 

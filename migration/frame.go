@@ -20,13 +20,15 @@ import (
 // are little-endian.
 //
 //	0..7   "vmmigr\r\n"    a line ending that a text protocol would mangle
-//	8      role           1 control, 2 data, 3 a question about the ID
+//	8      role           1 control, 2 data, 3 a question about the ID,
+//	                      4 a question about the host
 //	9      channel        of a data connection, from 0
 //	10..15 zero
 //	16..31 ID
 //
 // After it a control connection carries messages: 4 bytes of length, then a
-// StreamMessage.
+// StreamMessage. A question about the host is answered with one HostSurvey,
+// framed in the same way.
 const (
 	magic       = "vmmigr\r\n"
 	preambleLen = 32
@@ -44,6 +46,7 @@ const (
 	roleControl role = 1
 	roleData    role = 2
 	roleQuery   role = 3
+	roleSurvey  role = 4
 )
 
 type preamble struct {
@@ -69,7 +72,7 @@ func readPreamble(r io.Reader) (p preamble, err error) {
 		return p, errProtocol("the connection begins with %q; this is no migration, or one of another version", b[:8])
 	}
 	p = preamble{role: role(b[8]), channel: b[9], id: ID(b[16:])}
-	if p.role < roleControl || p.role > roleQuery || [6]byte(b[10:16]) != [6]byte{} {
+	if p.role < roleControl || p.role > roleSurvey || [6]byte(b[10:16]) != [6]byte{} {
 		return p, errProtocol("a connection with role %d", p.role)
 	}
 	return p, nil
@@ -78,13 +81,22 @@ func readPreamble(r io.Reader) (p preamble, err error) {
 // readMessage reads one message of at most limit bytes. The length is believed
 // only as far as bytes arrive.
 func readMessage(r io.Reader, limit uint32) (*vmmv1.StreamMessage, error) {
+	m := new(vmmv1.StreamMessage)
+	if err := readProto(r, limit, m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// readProto reads one message as readMessage does, into m.
+func readProto(r io.Reader, limit uint32, m proto.Message) error {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return nil, err
+		return err
 	}
 	n := binary.LittleEndian.Uint32(head[:])
 	if n > limit {
-		return nil, errProtocol("a message of %d bytes; at most %d are allowed here", n, limit)
+		return errProtocol("a message of %d bytes; at most %d are allowed here", n, limit)
 	}
 	const step = 64 << 10
 	var b []byte
@@ -92,14 +104,13 @@ func readMessage(r io.Reader, limit uint32) (*vmmv1.StreamMessage, error) {
 		have := len(b)
 		b = append(b, make([]byte, min(max(step, have), int(n)-have))...)
 		if _, err := io.ReadFull(r, b[have:]); err != nil {
-			return nil, unexpectedEOF(err)
+			return unexpectedEOF(err)
 		}
 	}
-	m := new(vmmv1.StreamMessage)
 	if err := proto.Unmarshal(b, m); err != nil {
-		return nil, errProtocol("a message of %d bytes is damaged: %v", n, err)
+		return errProtocol("a message of %d bytes is damaged: %v", n, err)
 	}
-	return m, nil
+	return nil
 }
 
 func unexpectedEOF(err error) error {
@@ -109,7 +120,7 @@ func unexpectedEOF(err error) error {
 	return err
 }
 
-func appendMessage(b []byte, m *vmmv1.StreamMessage) ([]byte, error) {
+func appendMessage(b []byte, m proto.Message) ([]byte, error) {
 	at := len(b)
 	b, err := proto.MarshalOptions{}.MarshalAppend(append(b, 0, 0, 0, 0), m)
 	if err != nil {

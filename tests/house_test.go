@@ -19,7 +19,7 @@ import (
 
 // floors are the packages from the roof down; a package imports only from
 // floors below its own (docs/ARCHITECTURE.md).
-var floors = []string{"cmd", "control", "machine", "migration", "boot", "device", "virtio", "scsi/sg", "scsi/disk", "scsi/pr", "scsi", "pci", "kvm", "memory", "internal/sys", "proto"}
+var floors = []string{"cmd", "doctor", "control", "machine", "migration", "boot", "device", "virtio", "scsi/sg", "scsi/disk", "scsi/pr", "scsi", "pci", "kvm", "memory", "internal/sys", "proto"}
 
 // test packages stand beside the house and may import anything.
 func isTestTool(dir string) bool {

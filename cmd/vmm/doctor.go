@@ -1,50 +1,91 @@
 package main
 
 import (
-	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 
 	"github.com/spf13/cobra"
 
-	"vmm/machine"
+	"vmm/doctor"
+	"vmm/migration"
 )
 
+type doctorFlags struct {
+	format   outputFormat
+	tls      tlsFlags
+	peer     string
+	peerName string
+}
+
 func newDoctorCommand() *cobra.Command {
-	var format outputFormat
+	var f doctorFlags
 	c := &cobra.Command{
 		Use:   "doctor",
 		Short: "Say whether this host can run guests, and what to mend",
 		Long: `Looks at what vmm needs of this host, one line each: ok, warn or fail, and how
-to mend it. The exit status is 0 when guests can run here, else 1.`,
-		Example: "  vmm doctor\n  vmm doctor -o json",
-		Args:    cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			found := machine.Examine()
-			can := machine.CanRun(found)
-			out := c.OutOrStdout()
-			if format.json() {
-				e := json.NewEncoder(out)
-				e.SetIndent("", "  ")
-				if err := e.Encode(struct {
-					CanRun   bool              `json:"can_run"`
-					Findings []machine.Finding `json:"findings"`
-				}{can, found}); err != nil {
-					return err
-				}
-			} else {
-				for _, f := range found {
-					fmt.Fprintf(out, "%-4s  %-16s  %s\n", f.Verdict, f.Name, f.Detail)
-					if f.Mend != "" {
-						fmt.Fprintf(out, "%24s  %s\n", "", f.Mend)
-					}
-				}
-			}
-			if !can {
-				return errSilent
-			}
-			return nil
-		},
+to mend it. It changes nothing, and asks SCSI disks only what their reservations
+are; a disk that a guest has is asked through that guest's process. With --tls-dir
+it looks at the certificate, its key and its authority as well.
+
+--peer asks another host, on which vmm receive waits, whether guests of this one
+could migrate there: versions, processors, and for each SCSI disk whether the
+other host sees it. The vmm receive waits on.
+
+The exit status is 0 when nothing failed, else 1.`,
+		Example: `  vmm doctor
+  vmm doctor -o json
+  vmm doctor --peer tcp://host2:4444 --tls-dir /etc/vmm/tls`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return f.run(c) },
 	}
-	format.addFlag(c)
+	f.format.addFlag(c)
+	f.tls.addFlags(c)
+	c.Flags().StringVar(&f.peer, "peer", "", "address of another host's vmm receive, to compare the two")
+	c.Flags().StringVar(&f.peerName, "peer-name", "", "name that the other host's certificate must have, if not the address's host")
 	return c
+}
+
+func (f *doctorFlags) run(c *cobra.Command) error {
+	var address migration.Address
+	if f.peer != "" {
+		var err error
+		if address, err = migration.ParseAddress(f.peer); err != nil {
+			return usageError{fmt.Errorf("--peer: %w", err)}
+		}
+	} else if f.peerName != "" {
+		return usageError{errors.New("--peer-name: give the other host's address with --peer")}
+	}
+	report := doctor.Examine(c.Context(), doctor.Options{TLSDir: f.tls.dir})
+	if f.peer != "" {
+		security := migration.Security{Insecure: f.tls.insecure}
+		if f.tls.dir != "" {
+			security.TLS, _ = migration.LoadCertificates(f.tls.dir) // its error is a finding already
+		}
+		report.Compare(doctor.Peer(c.Context(), address, security, f.peerName))
+	}
+	if err := printReport(c.OutOrStdout(), f.format, report); err != nil {
+		return err
+	}
+	if !report.Healthy() {
+		return errSilent
+	}
+	return nil
+}
+
+func printReport(out io.Writer, format outputFormat, r *doctor.Report) error {
+	if format.json() {
+		return printJSON(out, r)
+	}
+	for _, f := range r.Findings {
+		if _, err := fmt.Fprintf(out, "%-4s  %-16s  %s\n", f.Verdict, f.Name, f.Detail); err != nil {
+			return err
+		}
+		if f.Mend != "" {
+			if _, err := fmt.Fprintf(out, "%24s  %s\n", "", f.Mend); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }

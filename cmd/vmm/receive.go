@@ -11,8 +11,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"vmm/control"
+	"vmm/doctor"
 	"vmm/machine"
 	"vmm/migration"
+	vmmv1 "vmm/proto/vmm/v1"
 )
 
 type receiveFlags struct {
@@ -134,6 +136,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	got, err := migration.Receive(life, ln, reception, migration.ReceiveOptions{
 		StateDir: state,
 		Warn:     func(err error) { cfg.Warn(err.Error()) },
+		Survey:   func() *vmmv1.HostSurvey { return doctor.Survey(version) },
 	})
 	if err != nil {
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -104,6 +105,48 @@ func TestFind(t *testing.T) {
 		if want := (node{"sg2", "/dev/sg2", devno{21, 2}}); dv.sg == nil || *dv.sg != want {
 			t.Errorf("%s: sg node %+v; want %+v", c.what, dv.sg, want)
 		}
+	}
+}
+
+func TestList(t *testing.T) {
+	const unit = "sys/devices/pseudo_0/adapter0/host2/target2:0:1/2:0:1:3"
+	files := disk()
+	for name, at := range map[string]string{"sg10": "2:0:1:10", "sg2": "2:0:1:3", "sg3": "2:0:1:4", "sg4": "2:0:1:5"} {
+		files["sys/class/scsi_generic/"+name] = "-> ../../devices/pseudo_0/adapter0/host2/target2:0:1/" + at + "/scsi_generic/" + name
+		files["sys/devices/pseudo_0/adapter0/host2/target2:0:1/"+at+"/scsi_generic/"+name+"/device"] = "-> ../../../" + at
+	}
+	naa := "\x00\x83\x00\x14\x01\x03\x00\x10\x60\x01\x40\x50\x00\x00\x00\x00\x12\x34\x56\x78\x90\xab\xcd\xef"
+	files[unit+"/type"] = "0\n"
+	files[unit+"/vendor"] = "LIO-ORG \n"
+	files[unit+"/model"] = "disk0           \n"
+	files[unit+"/vpd_pg83"] = naa
+	files["sys/devices/pseudo_0/adapter0/host2/target2:0:1/2:0:1:4/type"] = "13\n"
+	files["sys/devices/pseudo_0/adapter0/host2/target2:0:1/2:0:1:5/vpd_pg83"] = "\x00\x83\x00\xff"
+	files["sys/devices/pseudo_0/adapter0/host2/target2:0:1/2:0:1:10/vpd_pg83"] = naa
+	files["sys/class/scsi_generic/sg9"] = "-> ../../devices/gone"
+	h := tree(t, files)
+	got, err := h.list()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const boot, name = "2c9a3f5e-0000-4000-8000-000000000001", "naa.60014050000000001234567890abcdef"
+	nexus := func(lun uint64) Nexus { return Nexus{boot, Address{2, 0, 1, lun}} }
+	want := []Unit{
+		{"/dev/sg2", "0", "LIO-ORG", "disk0", name, nexus(3)},
+		{"/dev/sg3", "13", "", "", "", nexus(4)},
+		{"/dev/sg4", "", "", "", "", nexus(5)},
+		{"/dev/sg10", "", "", "", name, nexus(10)},
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("list() = %+v; want %+v", got, want)
+	}
+	for name, want := range map[string][]string{name: {"/dev/sg2", "/dev/sg10"}, "naa.6001": nil, "": nil} {
+		if got, err := h.findNamed(name); err != nil || !slices.Equal(got, want) {
+			t.Errorf("findNamed(%q) = %v, %v; want %v", name, got, err, want)
+		}
+	}
+	if got, err := tree(t, nil).list(); got != nil || err != nil {
+		t.Errorf("list() without SCSI = %v, %v; want none", got, err)
 	}
 }
 

@@ -1635,6 +1635,113 @@ func (x *Undecided) GetReason() string {
 	return ""
 }
 
+// HostSurvey is what a destination's host is, for whoever asks on a connection
+// of its own, with no migration under way.
+type HostSurvey struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Version uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"` // of the stream
+	// Features that a source may ask for.
+	Features []string `protobuf:"bytes,2,rep,name=features,proto3" json:"features,omitempty"`
+	Program  string   `protobuf:"bytes,3,opt,name=program,proto3" json:"program,omitempty"` // vmm's version
+	Host     string   `protobuf:"bytes,4,opt,name=host,proto3" json:"host,omitempty"`       // the host's name
+	// Processor is what a guest of CPU model host would need, were it started
+	// there: what the host offers.
+	Processor   *Requirements `protobuf:"bytes,5,opt,name=processor,proto3" json:"processor,omitempty"`
+	MemoryBytes uint64        `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"` // available
+	// Luns are the SCSI disks, called by their device nodes.
+	Luns []*HostLun `protobuf:"bytes,7,rep,name=luns,proto3" json:"luns,omitempty"`
+	// Problem is why there is no more to say.
+	Problem       string `protobuf:"bytes,8,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostSurvey) Reset() {
+	*x = HostSurvey{}
+	mi := &file_vmm_v1_stream_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostSurvey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostSurvey) ProtoMessage() {}
+
+func (x *HostSurvey) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_stream_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostSurvey.ProtoReflect.Descriptor instead.
+func (*HostSurvey) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_stream_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *HostSurvey) GetVersion() uint32 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *HostSurvey) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
+func (x *HostSurvey) GetProgram() string {
+	if x != nil {
+		return x.Program
+	}
+	return ""
+}
+
+func (x *HostSurvey) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *HostSurvey) GetProcessor() *Requirements {
+	if x != nil {
+		return x.Processor
+	}
+	return nil
+}
+
+func (x *HostSurvey) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *HostSurvey) GetLuns() []*HostLun {
+	if x != nil {
+		return x.Luns
+	}
+	return nil
+}
+
+func (x *HostSurvey) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 var File_vmm_v1_stream_proto protoreflect.FileDescriptor
 
 const file_vmm_v1_stream_proto_rawDesc = "" +
@@ -1761,7 +1868,17 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\vAcknowledge\"\a\n" +
 	"\x05Query\"#\n" +
 	"\tUndecided\x12\x16\n" +
-	"\x06reason\x18\x01 \x01(\tR\x06reasonB\x18Z\x16vmm/proto/vmm/v1;vmmv1b\x06proto3"
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"\x86\x02\n" +
+	"\n" +
+	"HostSurvey\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1a\n" +
+	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x18\n" +
+	"\aprogram\x18\x03 \x01(\tR\aprogram\x12\x12\n" +
+	"\x04host\x18\x04 \x01(\tR\x04host\x122\n" +
+	"\tprocessor\x18\x05 \x01(\v2\x14.vmm.v1.RequirementsR\tprocessor\x12!\n" +
+	"\fmemory_bytes\x18\x06 \x01(\x04R\vmemoryBytes\x12#\n" +
+	"\x04luns\x18\a \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\x12\x18\n" +
+	"\aproblem\x18\b \x01(\tR\aproblemB\x18Z\x16vmm/proto/vmm/v1;vmmv1b\x06proto3"
 
 var (
 	file_vmm_v1_stream_proto_rawDescOnce sync.Once
@@ -1776,7 +1893,7 @@ func file_vmm_v1_stream_proto_rawDescGZIP() []byte {
 }
 
 var file_vmm_v1_stream_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_vmm_v1_stream_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_vmm_v1_stream_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_vmm_v1_stream_proto_goTypes = []any{
 	(Reservation_Step)(0),   // 0: vmm.v1.Reservation.Step
 	(Reservation_Result)(0), // 1: vmm.v1.Reservation.Result
@@ -1801,9 +1918,10 @@ var file_vmm_v1_stream_proto_goTypes = []any{
 	(*Acknowledge)(nil),     // 20: vmm.v1.Acknowledge
 	(*Query)(nil),           // 21: vmm.v1.Query
 	(*Undecided)(nil),       // 22: vmm.v1.Undecided
-	(*MachineConfig)(nil),   // 23: vmm.v1.MachineConfig
-	(*Requirements)(nil),    // 24: vmm.v1.Requirements
-	(*MachineState)(nil),    // 25: vmm.v1.MachineState
+	(*HostSurvey)(nil),      // 23: vmm.v1.HostSurvey
+	(*MachineConfig)(nil),   // 24: vmm.v1.MachineConfig
+	(*Requirements)(nil),    // 25: vmm.v1.Requirements
+	(*MachineState)(nil),    // 26: vmm.v1.MachineState
 }
 var file_vmm_v1_stream_proto_depIdxs = []int32{
 	3,  // 0: vmm.v1.StreamMessage.hello:type_name -> vmm.v1.Hello
@@ -1822,21 +1940,23 @@ var file_vmm_v1_stream_proto_depIdxs = []int32{
 	21, // 13: vmm.v1.StreamMessage.query:type_name -> vmm.v1.Query
 	22, // 14: vmm.v1.StreamMessage.undecided:type_name -> vmm.v1.Undecided
 	5,  // 15: vmm.v1.StreamMessage.attachment:type_name -> vmm.v1.AttachmentChunk
-	23, // 16: vmm.v1.Hello.config:type_name -> vmm.v1.MachineConfig
-	24, // 17: vmm.v1.Hello.requirements:type_name -> vmm.v1.Requirements
+	24, // 16: vmm.v1.Hello.config:type_name -> vmm.v1.MachineConfig
+	25, // 17: vmm.v1.Hello.requirements:type_name -> vmm.v1.Requirements
 	6,  // 18: vmm.v1.Hello.regions:type_name -> vmm.v1.MemoryRegion
 	7,  // 19: vmm.v1.Hello.luns:type_name -> vmm.v1.HostLun
 	4,  // 20: vmm.v1.Hello.attachments:type_name -> vmm.v1.Attachment
 	7,  // 21: vmm.v1.Welcome.luns:type_name -> vmm.v1.HostLun
-	25, // 22: vmm.v1.FinalState.machine:type_name -> vmm.v1.MachineState
+	26, // 22: vmm.v1.FinalState.machine:type_name -> vmm.v1.MachineState
 	0,  // 23: vmm.v1.Reservation.step:type_name -> vmm.v1.Reservation.Step
 	1,  // 24: vmm.v1.Reservation.result:type_name -> vmm.v1.Reservation.Result
 	17, // 25: vmm.v1.Running.luns:type_name -> vmm.v1.LunOutcome
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	25, // 26: vmm.v1.HostSurvey.processor:type_name -> vmm.v1.Requirements
+	7,  // 27: vmm.v1.HostSurvey.luns:type_name -> vmm.v1.HostLun
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_vmm_v1_stream_proto_init() }
@@ -1870,7 +1990,7 @@ func file_vmm_v1_stream_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmm_v1_stream_proto_rawDesc), len(file_vmm_v1_stream_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
