@@ -81,6 +81,10 @@ func (d RunDir) pidFile(name string) string { return filepath.Join(string(d), na
 // Socket is where the machine called name is reached.
 func (d RunDir) Socket(name string) string { return filepath.Join(string(d), name+".sock") }
 
+// Log is where the machine called name, in the background, tells what its user
+// should know. It stays when the machine has ended.
+func (d RunDir) Log(name string) string { return filepath.Join(string(d), name+".log") }
+
 // locked calls f with the directory's lock.
 func (d RunDir) locked(f func() error) error {
 	lock, err := os.OpenFile(filepath.Join(string(d), "lock"), os.O_RDWR|os.O_CREATE, 0o600)
@@ -186,6 +190,9 @@ func (d RunDir) Claim(name string) (*Claim, error) {
 	}
 	return c, nil
 }
+
+// Name is what was claimed.
+func (c *Claim) Name() string { return c.name }
 
 // maxSocketPath is the longest path of a unix socket, in bytes (unix(7)).
 const maxSocketPath = 107

@@ -170,11 +170,25 @@ func (s *screen) waitFor(text string) {
 	}
 }
 
-// tinyKernel is an ELF kernel with a PVH note that prints an exclamation mark
-// and then turns round and round.
-func tinyKernel(t *testing.T) string {
-	t.Helper()
-	code := []byte{0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, 0xeb, 0xfe} // mov dx, COM1; mov al, '!'; out dx, al; jmp .
+var (
+	// endless is a guest that prints an exclamation mark and then turns round
+	// and round.
+	endless = []byte{
+		0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, // mov dx, COM1; mov al, '!'; out dx, al
+		0xeb, 0xfe, // jmp .
+	}
+	// fragile prints the same and breaks when something is typed.
+	fragile = []byte{
+		0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, // mov dx, COM1; mov al, '!'; out dx, al
+		0x66, 0xba, 0xfc, 0x03, 0xb0, 0x02, 0xee, // mov dx, MCR; mov al, RTS; out dx, al
+		0x66, 0xba, 0xfd, 0x03, // mov dx, LSR
+		0xec, 0xa8, 0x01, 0x74, 0xfb, // in al, dx; test al, data ready; jz back to the in
+		0x0f, 0x0b, // ud2, with no handler for it: a triple fault
+	}
+)
+
+// writeKernel makes code an ELF kernel with a PVH note.
+func writeKernel(path string, code []byte) error {
 	const noteAt, codeAt, entry = 176, 208, 0x100000
 	file := make([]byte, codeAt, codeAt+len(code))
 	le := binary.LittleEndian
@@ -203,11 +217,7 @@ func tinyKernel(t *testing.T) string {
 	le.PutUint32(file[noteAt+8:], 18) // XEN_ELFNOTE_PHYS32_ENTRY
 	copy(file[noteAt+12:], "Xen")
 	le.PutUint32(file[noteAt+16:], entry)
-	path := filepath.Join(t.TempDir(), "kernel")
-	if err := os.WriteFile(path, append(file, code...), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
+	return os.WriteFile(path, append(file, code...), 0o600)
 }
 
 // A guest of a few instructions, from one command to the next.
@@ -219,11 +229,11 @@ func TestCommandsOnARealGuest(t *testing.T) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	t.Setenv("VMM_RUN_DIR", dir)
-	image := filepath.Join(t.TempDir(), "disk.img")
-	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+	image, kernel := filepath.Join(t.TempDir(), "disk.img"), filepath.Join(t.TempDir(), "kernel")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20), writeKernel(kernel, endless)); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"run", "web1", "--kernel", tinyKernel(t), "--memory", "16M", "--lun", "id=root,path=" + image}
+	args := []string{"run", "web1", "--kernel", kernel, "--memory", "16M", "--lun", "id=root,path=" + image}
 	var out screen
 	out.more.L = &out.mu
 	var errs bytes.Buffer
@@ -312,14 +322,13 @@ func TestRunsTheExampleConfig(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(run0) })
 	t.Setenv("VMM_RUN_DIR", run0)
 	t.Setenv("VMM_STATE_DIR", t.TempDir())
-	kernel := tinyKernel(t)
-	dir := filepath.Dir(kernel)
+	dir := t.TempDir()
 	example, err := os.ReadFile("../../docs/examples/web1.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
 	err = errors.Join(
-		os.Rename(kernel, filepath.Join(dir, "vmlinuz")),
+		writeKernel(filepath.Join(dir, "vmlinuz"), endless),
 		os.WriteFile(filepath.Join(dir, "web1.yaml"), example, 0o600),
 		os.WriteFile(filepath.Join(dir, "initrd.img"), []byte("initrd"), 0o600),
 		os.WriteFile(filepath.Join(dir, "root.img"), make([]byte, 1<<20), 0o600),

@@ -28,8 +28,13 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
-// errSilent ends a command with status 1 when it has said why already.
-var errSilent = errors.New("failed")
+// exitError ends a command with that status when it has said why already.
+type exitError int
+
+func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// errSilent is the commonest of them.
+var errSilent error = exitError(exitFailed)
 
 // run is the whole program but for the process: it returns the exit status.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
@@ -52,12 +57,15 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetErr(stderr)
 
 	err := root.ExecuteContext(ctx)
-	var usage usageError
+	var (
+		usage  usageError
+		silent exitError
+	)
 	switch {
 	case err == nil:
 		return exitDone
-	case errors.Is(err, errSilent):
-		return exitFailed
+	case errors.As(err, &silent):
+		return int(silent)
 	case !parsed || errors.As(err, &usage):
 		fmt.Fprintf(stderr, "vmm: %s (see vmm --help)\n", oneLine(err))
 		return exitUsage

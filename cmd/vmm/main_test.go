@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,8 +11,10 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"vmm/control"
+	"vmm/kvm/kvmtest"
 )
 
 func TestMain(m *testing.M) {
@@ -34,11 +37,26 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"status": status, "killguest": killGuest, "cmpjson": cmpJSON, "register": register,
 		},
+		Condition: func(c string) (bool, error) {
+			if c != "kvm" {
+				return false, fmt.Errorf("no such condition")
+			}
+			err := unix.Access("/dev/kvm", unix.R_OK|unix.W_OK)
+			if os.Getenv(kvmtest.RequireKVM) == "1" {
+				return true, err // without it, this is no place to skip
+			}
+			return err == nil, nil
+		},
 		Setup: func(e *testscript.Env) error {
 			// A unix socket's path is short, a script's directory may not be.
 			run, err := os.MkdirTemp("", "vmm")
 			if err != nil {
 				return err
+			}
+			for name, code := range map[string][]byte{"endless": endless, "fragile": fragile} {
+				if err := writeKernel(filepath.Join(e.WorkDir, name), code); err != nil {
+					return err
+				}
 			}
 			e.Setenv("VMM_RUN_DIR", run)
 			e.Setenv("VMM_STATE_DIR", filepath.Join(e.WorkDir, "state"))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/signal"
 	"sync"
 	"syscall"
@@ -40,7 +41,10 @@ otherwise, and initiator=NAME gives a software disk another nexus. A LUN that is
 not the guest's is refused while the guest still runs at its old host.
 
 Without --tls-dir only addresses of this host are allowed, unless --insecure says
-otherwise: whoever may connect may have a guest run here.`,
+otherwise: whoever may connect may have a guest run here.
+
+With --detach it waits, and runs the guest, in the background, as vmm run --detach
+does; the command returns 0 when it waits.`,
 		Example: `  vmm receive web1 --listen tcp://0.0.0.0:4444 --tls-dir /etc/vmm/tls
   vmm receive --listen unix:///run/vmm/incoming --lun id=data,path=/dev/sg7`,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -58,7 +62,13 @@ otherwise: whoever may connect may have a guest run here.`,
 			if len(args) == 1 {
 				name = args[0]
 			}
-			return f.run(c, name)
+			if f.detach && name == "" {
+				return usageError{errors.New("receive --detach wants a name for the guest, by which it is found, as in: vmm receive web1 --detach --listen tcp://0.0.0.0:4444")}
+			}
+			if f.leaves(c) {
+				return detach(c)
+			}
+			return f.background.finish(f.run(c, name))
 		},
 	}
 	fs := c.Flags()
@@ -115,6 +125,9 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 			return err
 		}
 	}
+	if err := f.background.openLog(dir, name); err != nil {
+		return err
+	}
 	f.attach(c, &cfg)
 	settle(c.Context(), dir, cfg.Warn)
 	reception := &machine.Reception{Config: cfg, StateDir: state, Claim: names.take}
@@ -128,6 +141,10 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	ctx, cancel := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer cancel()
 	cfg.Warn(fmt.Sprintf("waiting for a guest at %v", address))
+	if err := f.background.ready("%s waits in the background for a guest at %v (pid %d)", name, address, os.Getpid()); err != nil {
+		ln.Close()
+		return err
+	}
 	// Once it is here a signal is the guest's power button, and the source may
 	// still have to hear that it is.
 	life, end := context.WithCancel(context.WithoutCancel(ctx))

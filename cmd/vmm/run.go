@@ -45,6 +45,11 @@ While it runs, vmm ls, status, pause, resume, stop, console and pr reach it by i
 name. A terminal that does not keep up with the guest's text misses some of it, which
 vmm says; a file or a pipe gets all of it, and the guest's output waits for it.
 
+With --detach the guest runs in the background: the command returns 0 when the guest
+runs, or fails as it would in the foreground. vmm console has the guest's text and
+keyboard; what else there is to say is in NAME.log, in the directory of the control
+sockets: 1 MiB at most, and when the guest fails also the last that it printed.
+
 A LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe].
 PATH decides what it is: a /dev/sgN or a SCSI block device is passed through, a
 regular file is a software disk. The n-th --lun is target n-1, LUN 0, unless
@@ -57,6 +62,7 @@ What the command line says as well wins over the file; --lun adds a LUN.`,
 		Example: `  vmm run web1 --kernel vmlinuz --initrd initrd.img --cmdline "console=ttyS0 root=/dev/sda1" \
           --cpus 2 --memory 1G --lun id=data,path=/dev/sg2 --lun id=root,path=root.img
   vmm run --config web1.yaml
+  vmm run --config web1.yaml --detach && vmm console web1
   vmm run web2 --config web1.yaml --memory 2G`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
@@ -69,7 +75,10 @@ What the command line says as well wins over the file; --lun adds a LUN.`,
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(c *cobra.Command, args []string) error {
-			return f.run(c, strings.Join(args, ""))
+			if f.leaves(c) {
+				return detach(c)
+			}
+			return f.background.finish(f.run(c, strings.Join(args, "")))
 		},
 	}
 	fs := c.Flags()
@@ -179,6 +188,9 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, claim.Close()) }()
+	if err := f.background.openLog(dir, cfg.Name); err != nil {
+		return err
+	}
 	f.attach(c, &cfg)
 	if f.serial != "" {
 		if cfg.Serial, err = f.port(); err != nil {
@@ -216,15 +228,31 @@ func settle(ctx context.Context, dir control.RunDir, warn func(string)) {
 type foreground struct {
 	serial      string
 	stopTimeout time.Duration
+	detach      bool
+	background  *background // this process is in the background, or on its way there
+}
+
+// leaves says whether this is the process that leaves another one behind in
+// the background.
+func (f *foreground) leaves(c *cobra.Command) bool {
+	if f.detach {
+		f.background = detached(c)
+	}
+	return f.detach && f.background == nil
 }
 
 func (f *foreground) addFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&f.serial, "serial", "", "unix socket, made here, that is the guest's second serial port (ttyS1)")
 	fs.DurationVar(&f.stopTimeout, "stop-timeout", control.DefaultStopTimeout, "time between the power button and force")
+	fs.BoolVar(&f.detach, "detach", false, "go to the background; see above")
 }
 
 // attach gives the machine what the process prints to.
 func (f *foreground) attach(c *cobra.Command, cfg *machine.Config) {
+	if f.background != nil {
+		cfg.Warn = f.background.warn // and the machine's own console keeps the text
+		return
+	}
 	stderr := c.ErrOrStderr()
 	if cfg.Console = c.OutOrStdout(); screenOf(c) != nil {
 		cfg.Console = nil // supervise shows it: nobody waits for a terminal
@@ -289,17 +317,20 @@ func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machin
 		defer cancel()
 		_ = server.Close(ctx) // a client that does not take its answer is left behind
 	}()
-	force := func() { _ = m.Stop() }                                           // else it has ended by itself
-	guest := func(p []byte) { _, _ = m.ConsoleInput(context.Background(), p) } // else it has ended
-	restore, err := attachConsole(c.InOrStdin(), guest, force)
-	if err != nil {
-		return fmt.Errorf("terminal: %w", err)
+	force := func() { _ = m.Stop() } // else it has ended by itself
+	f.background.readyWhenRunning(m, claim.Name())
+	if f.background == nil {
+		guest := func(p []byte) { _, _ = m.ConsoleInput(context.Background(), p) } // else it has ended
+		restore, err := attachConsole(c.InOrStdin(), guest, force)
+		if err != nil {
+			return fmt.Errorf("terminal: %w", err)
+		}
+		defer restore()
 	}
-	defer restore()
-	if f := screenOf(c); f != nil {
+	if screen := screenOf(c); screen != nil && f.background == nil {
 		shown := make(chan struct{})
 		go func() {
-			show(m.Console(), f, warn)
+			show(m.Console(), screen, warn)
 			close(shown)
 		}()
 		defer func() {
