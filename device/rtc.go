@@ -323,28 +323,35 @@ func (r *RTC) refresh() {
 	}
 	r.flags |= rtcCUF
 	const day = 24 * 60 * 60
-	for s := max(r.seen+1, now-day+1); s <= now; s++ {
-		if r.alarm(int((s%day + day) % day)) {
+	for s := max(r.seen+1, now-day+1); s <= now; {
+		wait := r.alarmIn(int((s%day + day) % day))
+		if wait == 0 {
 			r.flags |= rtcCAF
 			break
 		}
+		s += int64(wait)
 	}
 	r.seen = now
 }
 
-// alarm reports whether the alarm is set to a second of the day. An alarm byte
-// of C0 or more matches always.
-func (r *RTC) alarm(second int) bool {
+// alarmIn is 0 if the alarm is set to a second of the day, and else after how
+// many seconds it is worth asking again. An alarm byte of C0 or more matches
+// always.
+func (r *RTC) alarmIn(second int) int {
 	for _, part := range [...]struct {
-		index byte
-		value int
-	}{{rtcSeconds, second % 60}, {rtcMinutes, second / 60 % 60}, {rtcHours, second / 3600}} {
+		index       byte
+		value, wait int
+	}{
+		{rtcHours, second / 3600, 3600 - second%3600},
+		{rtcMinutes, second / 60 % 60, 60 - second%60},
+		{rtcSeconds, second % 60, 1},
+	} {
 		index := part.index + rtcAlarmOff
 		if r.ram[index] < 0xc0 && field(&r.ram, index) != part.value {
-			return false
+			return part.wait
 		}
 	}
-	return true
+	return 0
 }
 
 // update drives the line and the timer to what the registers say.

@@ -256,6 +256,24 @@ func TestRTCAlarm(t *testing.T) {
 	}
 }
 
+// What is skipped on the way to the alarm is never a second that it is set to.
+func TestRTCAlarmSkipsNone(t *testing.T) {
+	r, _, _ := newRTC(t)
+	for _, alarm := range [][3]byte{{14, 38, 57}, {0, 0, 0}, {23, 59, 59}, {0xff, 5, 0}, {7, 0xff, 30}, {0xff, 0xff, 59}, {24, 0, 0}, {0xc0, 60, 0xff}} {
+		r.ram[rtcB] = rtcB24h | rtcBBinary
+		r.ram[rtcHours+1], r.ram[rtcMinutes+1], r.ram[rtcSeconds+1] = alarm[0], alarm[1], alarm[2]
+		for second, next := 0, 0; second < 24*3600; second++ {
+			h, m, s := second/3600, second/60%60, second%60
+			want := (alarm[0] >= 0xc0 || h == int(alarm[0])) && (alarm[1] >= 0xc0 || m == int(alarm[1])) && (alarm[2] >= 0xc0 || s == int(alarm[2]))
+			wait := r.alarmIn(second)
+			if (wait == 0) != want || want && second < next {
+				t.Fatalf("alarm %v: alarmIn(%02d:%02d:%02d) = %d, skipped up to %d; want a match %v", alarm, h, m, s, wait, next, want)
+			}
+			next = max(next, second+wait)
+		}
+	}
+}
+
 func TestRTCMemory(t *testing.T) {
 	for _, test := range []struct {
 		low, high uint64
