@@ -7,7 +7,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -18,9 +20,12 @@ import (
 // A process of its own claims a name and waits to be killed.
 func TestMain(m *testing.M) {
 	if name := os.Getenv("CONTROL_TEST_CLAIM"); name != "" {
-		_, err := RunDir(os.Getenv("CONTROL_TEST_DIR")).Claim(name)
+		claim, err := RunDir(os.Getenv("CONTROL_TEST_DIR")).Claim(name)
+		end := make(chan os.Signal, 1)
+		signal.Notify(end, os.Interrupt) // a process that waits for nothing at all is ended as deadlocked
 		fmt.Println(err)
-		select {}
+		<-end
+		runtime.KeepAlive(claim) // collected, its lock would be given up
 	}
 	os.Exit(m.Run())
 }
