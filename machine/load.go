@@ -225,7 +225,7 @@ func (m *Machine) loadBus(s *vmmv1.MachineState, p *parsed) error {
 	for i, t := range m.virtio {
 		if d, ok := t.Device().(*virtio.SCSI); ok {
 			c := s.Virtio[i].GetScsi()
-			state := virtio.SCSIState{SenseSize: c.GetSenseSize(), CDBSize: c.GetCdbSize(), EventsMissed: c.GetEventsMissed()}
+			state := virtio.SCSIState{SenseSize: c.GetSenseSize(), CDBSize: c.GetCdbSize(), EventsMissed: c.GetEventsMissed(), LUNsChanged: c.GetLunsChanged()}
 			if err := d.Restore(state); err != nil {
 				return err
 			}

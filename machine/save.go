@@ -93,7 +93,7 @@ func (m *Machine) save() (*vmmv1.MachineState, error) {
 		case *virtio.SCSI:
 			c := d.State()
 			v.Device = &vmmv1.VirtioPciState_Scsi{Scsi: &vmmv1.VirtioScsiState{
-				SenseSize: c.SenseSize, CdbSize: c.CDBSize, EventsMissed: c.EventsMissed,
+				SenseSize: c.SenseSize, CdbSize: c.CDBSize, EventsMissed: c.EventsMissed, LunsChanged: c.LUNsChanged,
 			}}
 		case *virtio.RNG:
 			v.Device = &vmmv1.VirtioPciState_Rng{Rng: &vmmv1.VirtioRngState{}}

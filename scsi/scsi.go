@@ -156,6 +156,14 @@ func (c *Command) Conflict() {
 	c.Done(c)
 }
 
+// Busy completes c with status BUSY: the logical unit cannot take it now, and
+// it may be sent again (SAM-5 5.3.1). It calls Done.
+func (c *Command) Busy() {
+	c.Outcome, c.Status, c.SenseLen = Completed, BusyStatus, 0
+	c.Residual = uint32(c.DataLen())
+	c.Done(c)
+}
+
 // Check completes c with CHECK CONDITION and fixed-format sense data s, no
 // data transferred. It calls Done.
 func (c *Command) Check(s Sense) {

@@ -86,12 +86,17 @@ type SCSI struct {
 	leaving [scsiMaxTarget + 1]bool
 	live    *scsiSession // between Start and Stop, else nil
 
-	events eventQueue
+	// lunsChanged: the well-known logical unit has a unit attention to report.
+	lunsChanged atomic.Bool
+	events      eventQueue
 }
 
 // target is what a target number stands for; the pointer to it is nil where
 // there is none.
-type target struct{ lun scsi.LUN }
+type target struct {
+	lun  scsi.LUN
+	busy bool // commands are put off: Detach waits for those in flight
+}
 
 // NewSCSI makes a controller without targets.
 func NewSCSI(cfg SCSIConfig) *SCSI {
@@ -188,13 +193,14 @@ type SCSIState struct {
 	SenseSize    uint32 // bytes, as the driver set it
 	CDBSize      uint32 // bytes, as the driver set it
 	EventsMissed bool   // the driver has yet to be told that events were lost
+	LUNsChanged  bool   // a unit attention of the well-known logical unit is pending
 }
 
 // State is the controller as plain values. The device rests.
 func (s *SCSI) State() SCSIState {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return SCSIState{SenseSize: s.sense, CDBSize: s.cdb, EventsMissed: s.events.isMissed()}
+	return SCSIState{SenseSize: s.sense, CDBSize: s.cdb, EventsMissed: s.events.isMissed(), LUNsChanged: s.lunsChanged.Load()}
 }
 
 // Restore sets what State reported. The device is not started.
@@ -208,6 +214,7 @@ func (s *SCSI) Restore(state SCSIState) error {
 	}
 	s.sense, s.cdb = state.SenseSize, state.CDBSize
 	s.events.setMissed(state.EventsMissed)
+	s.lunsChanged.Store(state.LUNsChanged)
 	return nil
 }
 
@@ -263,6 +270,7 @@ func (s *SCSI) Stop() {
 	s.live = nil
 	s.sense, s.cdb = scsiDefaultSenseSize, scsiDefaultCDBSize
 	s.events.forget()
+	s.lunsChanged.Store(false)
 }
 
 func (s *SCSI) session() *scsiSession {
@@ -336,20 +344,20 @@ func (l *scsiSession) quiesce(ctx context.Context) error {
 	l.workers.Wait()
 	for _, q := range l.queues() {
 		if !q.await(ctx, q.mark(), func(*request) bool { return true }) {
-			return fmt.Errorf("virtio-scsi: %s: %w", l.inFlight(), context.Cause(ctx))
+			return fmt.Errorf("virtio-scsi: %s: %w", l.inFlight(func(*request) bool { return true }), context.Cause(ctx))
 		}
 	}
 	return nil
 }
 
-// inFlight describes the commands that have not come back.
-func (l *scsiSession) inFlight() string {
+// inFlight describes the commands that match selects and have not come back.
+func (l *scsiSession) inFlight(match func(*request) bool) string {
 	n := 0
 	var first string
 	for _, q := range l.queues() {
 		q.mu.Lock()
 		for i := range q.requests {
-			if r := &q.requests[i]; r.arrival != 0 {
+			if r := &q.requests[i]; r.arrival != 0 && match(r) {
 				if n++; n == 1 {
 					first = fmt.Sprintf("target %d, operation code %#02x", r.to.target, r.cmd.CDB[0])
 					if q == l.control {

@@ -74,7 +74,9 @@ func (r *request) reply(answer []byte) {
 	r.queue.leave(r, len(answer))
 }
 
-// find looks up a logical unit. The code says why there is none.
+// find looks up a logical unit. The code says why there is none; it is
+// FUNCTION COMPLETE for one that exists but does nothing: the well-known one,
+// and one that is being detached.
 func (s *SCSI) find(to address) (lun scsi.LUN, code byte) {
 	switch to.kind {
 	case reportLUNs:
@@ -86,6 +88,8 @@ func (s *SCSI) find(to address) (lun scsi.LUN, code byte) {
 			return nil, scsiBadTarget
 		case to.lun > scsiMaxLUN:
 			return nil, scsiIncorrectLUN
+		case t.busy:
+			return nil, scsiOK
 		}
 		return t.lun, scsiOK
 	}
@@ -114,7 +118,7 @@ func (l *scsiSession) manage(r *request, function uint32, to address, id uint64)
 		return
 	case tmfLogicalUnitReset:
 		if lun == nil {
-			if code == scsiOK { // a well-known one
+			if code == scsiOK {
 				code = scsiFunctionRejected
 			}
 			break

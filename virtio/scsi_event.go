@@ -64,8 +64,9 @@ func (e *eventQueue) setMissed(missed bool) {
 }
 
 // send reports one event, if the driver has agreed to hear such events. A
-// device that is not started has nobody to tell: the driver will scan.
-func (e *eventQueue) send(event uint32, to [8]byte, reason uint32) {
+// device that is not started has nobody to tell: the driver will scan. told is
+// false of a driver that runs and does not learn of this very event.
+func (e *eventQueue) send(event uint32, to [8]byte, reason uint32) (told bool) {
 	e.mu.Lock()
 	l := e.live
 	feature := uint64(scsiFeatureHotplug)
@@ -74,7 +75,7 @@ func (e *eventQueue) send(event uint32, to [8]byte, reason uint32) {
 	}
 	if l == nil || l.features&feature == 0 {
 		e.mu.Unlock()
-		return
+		return l == nil
 	}
 	sent, err := e.put(event, to, reason)
 	if !sent {
@@ -87,6 +88,7 @@ func (e *eventQueue) send(event uint32, to [8]byte, reason uint32) {
 	if err != nil {
 		l.broke(err) // which may call back: no lock is held
 	}
+	return sent
 }
 
 // put fills the next buffer, if there is one. The lock is held.

@@ -36,7 +36,7 @@ func TestSCSIEvents(t *testing.T) {
 	const both = scsiFeatureHotplug | scsiFeatureChange
 	attach := func(r *scsiRig) { r.attach(7, scsitest.Null{}) }
 	change := func(r *scsiRig) { r.dev.Changed(7, scsi.CapacityChanged) }
-	detach := func(r *scsiRig) { r.dev.Detach(7) }
+	detach := func(r *scsiRig) { r.dev.Detach(t.Context(), 7, func() error { return nil }) }
 	added := scsiEvent{scsiTransportReset, unit0(7), scsiReasonRescan}
 	removed := scsiEvent{scsiTransportReset, unit0(7), scsiReasonRemoved}
 	changed := scsiEvent{scsiParamChange, unit0(7), 0x092a}
@@ -154,7 +154,7 @@ func TestSCSIWorksWithOneQueue(t *testing.T) {
 	}
 	quiesce(t, r.dev)
 	r.dev.Resume()
-	if _, err := r.dev.Detach(0); err != nil {
+	if err := r.remove(0); err != nil {
 		t.Error(err)
 	}
 }

@@ -392,7 +392,13 @@ func (s *scsiPlay) step(t *testing.T, in *script, resets *int, disk scsi.LUN) {
 	case stepDetach:
 		target := in.take()
 		s.gate.set(false)
-		if _, err := s.dev.Detach(target); (err == nil) != s.targets[target] {
+		var err error
+		if target&1 == 0 {
+			_, err = s.dev.Detach(t.Context(), target, func() error { return nil })
+		} else {
+			err = s.remove(target)
+		}
+		if (err == nil) != s.targets[target] {
 			t.Errorf("Detach(%d) = %v; a target is there: %v", target, err, s.targets[target])
 		}
 		s.targets[target] = false

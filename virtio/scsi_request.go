@@ -223,12 +223,6 @@ func (q *requestQueue) wake() {
 	q.returned.Broadcast()
 }
 
-// awaitAll returns when what has come until now, of what match selects, has
-// come back.
-func (q *requestQueue) awaitAll(match func(*request) bool) {
-	q.await(context.Background(), q.mark(), match)
-}
-
 // handleCommand begins what came on a request queue.
 func (l *scsiSession) handleCommand(r *request) error {
 	// Where one descriptor ends and the next begins means nothing (virtio

@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 
@@ -49,47 +50,115 @@ func unitAddress(target uint8) [8]byte { return [8]byte{1, target, 0x40} }
 
 // Attach makes lun logical unit 0 of a target that does not exist yet, and
 // tells a running driver, which scans for it. The caller goes on owning lun
-// and closes it after Detach or after the device's last Stop.
+// and closes it after Detach or Remove, or after the device's last Stop.
 func (s *SCSI) Attach(number uint8, lun scsi.LUN) error {
 	s.mu.Lock()
 	switch {
 	case s.leaving[number]:
 		s.mu.Unlock()
 		return fmt.Errorf("virtio-scsi: target %d is still being detached", number)
-	case !s.targets[number].CompareAndSwap(nil, &target{lun}):
+	case !s.targets[number].CompareAndSwap(nil, &target{lun: lun}):
 		s.mu.Unlock()
 		return fmt.Errorf("virtio-scsi: target %d has a logical unit already", number)
 	}
+	s.inventory()
 	s.mu.Unlock()
 	s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRescan)
 	return nil
 }
 
-// Detach takes a target away: it gets no further command, a running driver is
-// told, and the call returns the logical unit when every command to it has
-// come back.
-func (s *SCSI) Detach(number uint8) (scsi.LUN, error) {
-	s.mu.Lock()
-	t := s.targets[number].Swap(nil)
-	if t == nil {
-		s.mu.Unlock()
-		return nil, fmt.Errorf("virtio-scsi: there is no target %d", number)
+// Detach takes a target away when every command to it has come back; until
+// then, and while last runs after that, the driver's further commands get
+// status BUSY, which has it send them again. When ctx is done first, or last
+// returns an error, the target stays as if nothing had been. told says that a
+// driver that runs has been told, or will be with certainty: one that has not
+// may take the next logical unit of that number for this one.
+func (s *SCSI) Detach(ctx context.Context, number uint8, last func() error) (told bool, err error) {
+	t, live, err := s.leave(number, func(t *target) *target { return &target{lun: t.lun, busy: true} })
+	if err != nil {
+		return false, err
 	}
-	s.leaving[number] = true
-	live := s.live
-	s.mu.Unlock()
-
-	s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRemoved)
-	if live != nil {
-		// Task management for it may be under way too.
-		for _, q := range live.queues() {
-			q.awaitAll(func(r *request) bool { return r.to.kind == unit && r.to.target == number })
-		}
+	if err = live.drain(ctx, number); err == nil {
+		err = last()
 	}
 	s.mu.Lock()
 	s.leaving[number] = false
+	if err != nil {
+		s.targets[number].Store(t)
+		s.mu.Unlock()
+		return false, err
+	}
+	s.targets[number].Store(nil)
+	s.inventory()
 	s.mu.Unlock()
-	return t.lun, nil
+	return s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRemoved), nil
+}
+
+// Remove takes a target away at once. The driver is told (see Detach), and its
+// further commands find no target; back is closed when those in flight have
+// come back, and until then the number is not free.
+func (s *SCSI) Remove(number uint8) (told bool, back <-chan struct{}, err error) {
+	_, live, err := s.leave(number, func(*target) *target { return nil })
+	if err != nil {
+		return false, nil, err
+	}
+	told = s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRemoved)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = live.drain(context.Background(), number) // which is never done
+		s.mu.Lock()
+		s.leaving[number] = false
+		s.mu.Unlock()
+	}()
+	return told, done, nil
+}
+
+// leave puts what becomes of a target in its place, so that no further command
+// reaches its logical unit. The session is the one whose commands have.
+func (s *SCSI) leave(number uint8, become func(*target) *target) (*target, *scsiSession, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.targets[number].Load()
+	switch {
+	case s.leaving[number]:
+		return nil, nil, fmt.Errorf("virtio-scsi: target %d is being detached already", number)
+	case t == nil:
+		return nil, nil, fmt.Errorf("virtio-scsi: there is no target %d", number)
+	}
+	next := become(t)
+	s.targets[number].Store(next)
+	s.leaving[number] = true
+	if next == nil {
+		s.inventory()
+	}
+	return t, s.live, nil
+}
+
+// inventory notes that the list of logical units is another one. mu is held.
+//
+// The unit attention for that (SPC-5 6.33) is due at every logical unit of the
+// SCSI target device whose inventory changed. A target here has one, which has
+// just come or gone; so what remains is the well-known logical unit, whose
+// inventory is that of the whole device.
+func (s *SCSI) inventory() {
+	if s.live != nil { // a driver that starts scans anyway
+		s.lunsChanged.Store(true)
+	}
+}
+
+// drain waits for commands to a target, and for task management of it.
+func (l *scsiSession) drain(ctx context.Context, number uint8) error {
+	if l == nil {
+		return nil
+	}
+	match := func(r *request) bool { return r.to.kind == unit && r.to.target == number }
+	for _, q := range l.queues() {
+		if !q.await(ctx, q.mark(), match) {
+			return fmt.Errorf("virtio-scsi: %s: %w", l.inFlight(match), context.Cause(ctx))
+		}
+	}
+	return nil
 }
 
 // Changed tells a running driver that parameters of a target's logical unit
@@ -118,6 +187,9 @@ func (s *SCSI) dispatch(to address, c *scsi.Command) {
 		case to.lun > scsiMaxLUN:
 			noSuchLUN(c)
 			return
+		case t.busy:
+			c.Busy()
+			return
 		default:
 			t.lun.Submit(c)
 			return
@@ -130,6 +202,11 @@ func (s *SCSI) dispatch(to address, c *scsi.Command) {
 // whole device has, by the addresses to use here. Its commands are those that
 // SPC-5 8.2 requires.
 func (s *SCSI) wellKnown(c *scsi.Command) {
+	attention := scsi.Sense{Key: scsi.NoSense}
+	// INQUIRY neither reports a unit attention nor ends it (SAM-5 5.14).
+	if c.CDB[0] != scsi.OpInquiry && s.lunsChanged.Load() && s.lunsChanged.Swap(false) {
+		attention = scsi.ReportedLUNsChanged
+	}
 	switch c.CDB[0] {
 	case scsi.OpReportLUNs:
 		var units [][8]byte
@@ -142,11 +219,16 @@ func (s *SCSI) wellKnown(c *scsi.Command) {
 	case scsi.OpInquiry:
 		answerINQUIRY(c, 0x1e) // connected, well-known logical unit
 	case scsi.OpRequestSense:
-		answerREQUESTSENSE(c, scsi.Sense{Key: scsi.NoSense})
-	case scsi.OpTestUnitReady:
-		c.Finish(0)
+		answerREQUESTSENSE(c, attention)
 	default:
-		c.Check(scsi.InvalidOpcode)
+		switch {
+		case attention.Key != scsi.NoSense:
+			c.Check(attention)
+		case c.CDB[0] == scsi.OpTestUnitReady:
+			c.Finish(0)
+		default:
+			c.Check(scsi.InvalidOpcode)
+		}
 	}
 }
 

@@ -1,11 +1,12 @@
 package virtio
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"runtime"
 	"slices"
-	"sync"
+	"strings"
 	"testing"
 
 	"vmm/scsi"
@@ -311,9 +312,9 @@ func TestSCSIManyAbortsAtOnce(t *testing.T) {
 	}
 }
 
-// Detach returns when the last command is back; meanwhile new commands find
-// no target, and a function for the old ones still waits for them.
-func TestSCSIDetachWaitsForCommands(t *testing.T) {
+// Remove's target is gone at once: new commands do not find it, and a function
+// for the old ones still waits for them.
+func TestSCSIRemoveWaitsForCommands(t *testing.T) {
 	r := newSCSIRig(t, 1)
 	held := scsitest.NewHeld(2)
 	r.attach(4, held)
@@ -322,17 +323,13 @@ func TestSCSIDetachWaitsForCommands(t *testing.T) {
 	c := <-held.Commands
 	r.add(1, virtiotest.Buffer{GPA: r.mem.Alloc(16, 4), Len: 16, Write: true})
 
-	var wg sync.WaitGroup
-	gone := make(chan struct{})
-	wg.Go(func() {
-		defer close(gone)
-		if lun, err := r.dev.Detach(4); lun != scsi.LUN(held) || err != nil {
-			t.Errorf("Detach(4) = %v, %v; want the logical unit", lun, err)
-		}
-	})
-	r.reap(1) // the event: the door is closed
+	told, gone, err := r.dev.Remove(4)
+	if err != nil || !told {
+		t.Fatalf("Remove(4) = %v, %v; want that the driver is told", told, err)
+	}
+	r.reap(1)
 	if a := r.do(&scsiCommand{lun: unit0(4), cdb: []byte{0}}); a.code != scsiBadTarget {
-		t.Errorf("a command to a target that is being detached = %v; want response %d", a, scsiBadTarget)
+		t.Errorf("a command to a target that was removed = %v; want response %d", a, scsiBadTarget)
 	}
 	answer := r.tmf(tmfAbortTask, unit0(4), 1)
 	r.doTMF(tmfQueryTask, unit0(4), 1)
@@ -340,11 +337,14 @@ func TestSCSIDetachWaitsForCommands(t *testing.T) {
 		t.Errorf("ABORT TASK was answered %d with its command in flight", got)
 	}
 	if err := r.dev.Attach(4, held); err == nil {
-		t.Error("Attach(4) succeeded while target 4 is being detached")
+		t.Error("Attach(4) succeeded while commands to the former target 4 are in flight")
+	}
+	if _, err := r.dev.Detach(t.Context(), 4, agree); err == nil {
+		t.Error("Detach(4) succeeded after Remove(4)")
 	}
 	select {
 	case <-gone:
-		t.Error("Detach returned with a command in flight")
+		t.Error("Remove's commands are back with one in flight")
 	default:
 	}
 	c.Finish(0)
@@ -355,12 +355,183 @@ func TestSCSIDetachWaitsForCommands(t *testing.T) {
 	if a := r.answer(old, r.reap(2)); a.String() != "GOOD" {
 		t.Errorf("the command = %v; want GOOD", a)
 	}
-	wg.Wait()
-	if _, err := r.dev.Detach(4); err == nil {
-		t.Error("Detach(4) succeeded twice")
+	<-gone
+	if _, _, err := r.dev.Remove(4); err == nil {
+		t.Error("Remove(4) succeeded twice")
 	}
 	r.attach(4, held)
 	if err := r.dev.Attach(4, held); err == nil {
 		t.Error("Attach(4) succeeded twice")
+	}
+}
+
+func agree() error { return nil }
+
+// Detach waits for the commands first and puts new ones off; the target goes
+// when the last has come back and last agrees, or stays.
+func TestSCSIDetach(t *testing.T) {
+	late, refused := errors.New("too late"), errors.New("refused")
+	for _, test := range []struct {
+		name string
+		back bool  // the command comes back in time
+		last error // what last says
+		want error
+	}{
+		{"in time", true, nil, nil},
+		{"too late", false, nil, late},
+		{"refused", true, refused, refused},
+	} {
+		r := newSCSIRig(t, 1)
+		held := scsitest.NewHeld(2)
+		r.attach(4, held)
+		r.attach(5, scsitest.Null{})
+		r.start()
+		old := r.submit(2, &scsiCommand{lun: unit0(4), id: 1, cdb: []byte{0}})
+		c := <-held.Commands
+		ctx, cancel := context.WithCancelCause(t.Context())
+		type result struct {
+			told bool
+			err  error
+		}
+		done, asked := make(chan result), false
+		go func() {
+			told, err := r.dev.Detach(ctx, 4, func() error {
+				asked = true
+				return test.last
+			})
+			done <- result{told, err}
+		}()
+		for !r.isLeaving(4) {
+			runtime.Gosched()
+		}
+		if a := r.do(&scsiCommand{lun: unit0(4), cdb: []byte{0}}); a.String() != "BUSY" {
+			t.Errorf("%s: a command to a target that is being detached = %v; want BUSY", test.name, a)
+		}
+		if got := r.doTMF(tmfLogicalUnitReset, unit0(4), 0); got != scsiFunctionRejected {
+			t.Errorf("%s: LOGICAL UNIT RESET = %d; want %d", test.name, got, scsiFunctionRejected)
+		}
+		if a := r.do(&scsiCommand{lun: unit0(5), cdb: []byte{0}}); a.String() != "GOOD" {
+			t.Errorf("%s: a command to another target = %v; want GOOD", test.name, a)
+		}
+		if err := r.dev.Attach(4, held); err == nil {
+			t.Errorf("%s: Attach(4) succeeded while target 4 is being detached", test.name)
+		}
+		if _, _, err := r.dev.Remove(4); err == nil {
+			t.Errorf("%s: Remove(4) succeeded while target 4 is being detached", test.name)
+		}
+		if test.back {
+			c.Finish(0)
+			if a := r.answer(old, r.reap(2)); a.String() != "GOOD" {
+				t.Errorf("%s: the command in flight = %v; want GOOD", test.name, a)
+			}
+		} else {
+			cancel(late)
+		}
+		got := <-done
+		cancel(nil)
+		if !errors.Is(got.err, test.want) || asked != test.back || got.told {
+			t.Errorf("%s: Detach(4) = %v, %v, asked: %v; want %v, not told for want of a buffer", test.name, got.told, got.err, asked, test.want)
+		}
+		if test.want == late && !strings.Contains(got.err.Error(), "commands still in flight: 1, one of them for target 4, operation code 0x00") {
+			t.Errorf("%s: Detach(4) = %v; want what is in flight", test.name, got.err)
+		}
+		if missed := r.dev.State().EventsMissed; missed != (test.want == nil) {
+			t.Errorf("%s: events were missed: %v", test.name, missed)
+		}
+		if test.want == nil {
+			if a := r.do(&scsiCommand{lun: unit0(4), cdb: []byte{0}}); a.code != scsiBadTarget {
+				t.Errorf("%s: a command after it = %v; want response %d", test.name, a, scsiBadTarget)
+			}
+			continue
+		}
+		// As if nothing had been.
+		cmd := r.submit(2, &scsiCommand{lun: unit0(4), id: 2, cdb: []byte{0}})
+		(<-held.Commands).Finish(0)
+		if a := r.answer(cmd, r.reap(2)); a.String() != "GOOD" {
+			t.Errorf("%s: the next command = %v; want GOOD", test.name, a)
+		}
+		if !test.back {
+			c.Finish(0)
+			r.reap(2)
+		}
+	}
+}
+
+func (r *scsiRig) isLeaving(number uint8) bool {
+	r.dev.mu.Lock()
+	defer r.dev.mu.Unlock()
+	return r.dev.leaving[number]
+}
+
+// A change of the list of logical units is a unit attention of the well-known
+// one, which reports it once; a target that stays has none.
+func TestSCSIReportedLUNsChanged(t *testing.T) {
+	wellKnown := [8]byte{0xc1, 0x01}
+	tur := func(to [8]byte) *scsiCommand { return &scsiCommand{lun: to, cdb: make([]byte, 6)} }
+	list := &scsiCommand{lun: wellKnown, cdb: []byte{scsi.OpReportLUNs, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0}, in: 64}
+	inquiry := &scsiCommand{lun: wellKnown, cdb: []byte{scsi.OpInquiry, 0, 0, 0, 36, 0}, in: 36}
+	sense := &scsiCommand{lun: wellKnown, cdb: []byte{scsi.OpRequestSense, 0, 0, 0, 18, 0}, in: 18}
+	r := newSCSIRig(t, 1)
+	r.attach(0, scsitest.Null{}) // before the start: nobody had seen another list
+	r.start()
+	if a := r.do(tur(wellKnown)); a.String() != "GOOD" {
+		t.Errorf("before a change: TEST UNIT READY = %v; want GOOD", a)
+	}
+	const attention = "6/3f/0e"
+	for name, change := range map[string]func() error{
+		"attach": func() error { return r.dev.Attach(3, scsitest.Null{}) },
+		"detach": func() error {
+			_, err := r.dev.Detach(t.Context(), 0, agree)
+			return errors.Join(err, r.dev.Attach(0, scsitest.Null{}))
+		},
+		"remove": func() error { return errors.Join(r.remove(0), r.dev.Attach(0, scsitest.Null{})) },
+	} {
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		if a := r.do(inquiry); a.String() != "GOOD" {
+			t.Errorf("%s: INQUIRY = %v; want GOOD", name, a)
+		}
+		if a := r.do(tur(unit0(0))); a.String() != "GOOD" {
+			t.Errorf("%s: TEST UNIT READY of a target = %v; want GOOD", name, a)
+		}
+		if a := r.do(tur(wellKnown)); a.String() != attention {
+			t.Errorf("%s: TEST UNIT READY = %v; want %s", name, a, attention)
+		}
+		if a := r.do(tur(wellKnown)); a.String() != "GOOD" {
+			t.Errorf("%s: the next TEST UNIT READY = %v; want GOOD", name, a)
+		}
+	}
+	// REPORT LUNS is carried out and ends it; REQUEST SENSE has it as data.
+	if err := r.remove(3); err != nil {
+		t.Fatal(err)
+	}
+	if a := r.do(list); a.String() != "GOOD" {
+		t.Errorf("REPORT LUNS = %v; want GOOD", a)
+	}
+	if a := r.do(tur(wellKnown)); a.String() != "GOOD" {
+		t.Errorf("TEST UNIT READY after REPORT LUNS = %v; want GOOD", a)
+	}
+	r.attach(3, scsitest.Null{})
+	if a := r.do(sense); a.String() != "GOOD" || a.data[2] != 6 || a.data[12] != 0x3f || a.data[13] != 0x0e {
+		t.Errorf("REQUEST SENSE = %v, % x; want 6/3f/0e", a, a.data)
+	}
+	// A migration takes it along, a reset ends it.
+	if err := r.remove(3); err != nil {
+		t.Fatal(err)
+	}
+	quiesce(t, r.dev)
+	state := r.dev.State()
+	r.dev.Stop()
+	if !state.LUNsChanged || r.dev.State().LUNsChanged {
+		t.Errorf("State() = %+v, then %+v after a reset; want the attention in the first alone", state, r.dev.State())
+	}
+	to := newSCSIRig(t, 1)
+	if err := to.dev.Restore(state); err != nil {
+		t.Fatal(err)
+	}
+	to.start()
+	if a := to.do(tur(wellKnown)); a.String() != attention {
+		t.Errorf("at the destination: TEST UNIT READY = %v; want %s", a, attention)
 	}
 }

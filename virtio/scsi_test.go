@@ -108,6 +108,15 @@ func (r *scsiRig) attach(number uint8, lun scsi.LUN) {
 	}
 }
 
+// remove takes a target away at once, and waits for its commands.
+func (r *scsiRig) remove(number uint8) error {
+	_, back, err := r.dev.Remove(number)
+	if err == nil {
+		<-back
+	}
+	return err
+}
+
 // place puts p into guest memory as buffers of at most piece bytes each.
 func (r *scsiRig) place(p []byte, piece int, write bool) (bufs []virtiotest.Buffer) {
 	for len(p) > 0 {

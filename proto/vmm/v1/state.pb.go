@@ -2540,7 +2540,10 @@ type VirtioScsiState struct {
 	CdbSize   uint32                 `protobuf:"varint,2,opt,name=cdb_size,json=cdbSize,proto3" json:"cdb_size,omitempty"`       // bytes
 	// EventsMissed: the driver has yet to be told that events were lost. Events
 	// do not queue in the device.
-	EventsMissed  bool `protobuf:"varint,3,opt,name=events_missed,json=eventsMissed,proto3" json:"events_missed,omitempty"`
+	EventsMissed bool `protobuf:"varint,3,opt,name=events_missed,json=eventsMissed,proto3" json:"events_missed,omitempty"`
+	// LunsChanged: the well-known logical unit has yet to report that the list of
+	// logical units is another one.
+	LunsChanged   bool `protobuf:"varint,4,opt,name=luns_changed,json=lunsChanged,proto3" json:"luns_changed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2592,6 +2595,13 @@ func (x *VirtioScsiState) GetCdbSize() uint32 {
 func (x *VirtioScsiState) GetEventsMissed() bool {
 	if x != nil {
 		return x.EventsMissed
+	}
+	return false
+}
+
+func (x *VirtioScsiState) GetLunsChanged() bool {
+	if x != nil {
+		return x.LunsChanged
 	}
 	return false
 }
@@ -3233,12 +3243,13 @@ const file_vmm_v1_state_proto_rawDesc = "" +
 	"used_index\x18\b \x01(\rR\tusedIndex\x12%\n" +
 	"\x0esignalled_used\x18\t \x01(\rR\rsignalledUsed\x12'\n" +
 	"\x0fsignalled_valid\x18\n" +
-	" \x01(\bR\x0esignalledValid\"p\n" +
+	" \x01(\bR\x0esignalledValid\"\x93\x01\n" +
 	"\x0fVirtioScsiState\x12\x1d\n" +
 	"\n" +
 	"sense_size\x18\x01 \x01(\rR\tsenseSize\x12\x19\n" +
 	"\bcdb_size\x18\x02 \x01(\rR\acdbSize\x12#\n" +
-	"\revents_missed\x18\x03 \x01(\bR\feventsMissed\"\x10\n" +
+	"\revents_missed\x18\x03 \x01(\bR\feventsMissed\x12!\n" +
+	"\fluns_changed\x18\x04 \x01(\bR\vlunsChanged\"\x10\n" +
 	"\x0eVirtioRngState\"\xfe\x01\n" +
 	"\tUartState\x12\x10\n" +
 	"\x03ier\x18\x01 \x01(\rR\x03ier\x12\x10\n" +
