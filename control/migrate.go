@@ -21,6 +21,8 @@ type migrations struct {
 	mu      sync.Mutex
 	current *outgoing // nil: none
 	blocked error     // not nil: the guest must not run here
+
+	plugging int // LUNs that are being attached or detached
 }
 
 // outgoing is a migration under way. migrations.mu guards the first three.
@@ -180,6 +182,9 @@ func (m *migrations) begin(o *outgoing) error {
 	defer m.mu.Unlock()
 	if m.current != nil || m.blocked != nil {
 		return errors.New("there is a migration already; see vmm status")
+	}
+	if m.plugging > 0 {
+		return errPlugging
 	}
 	m.current = o
 	return nil

@@ -44,7 +44,7 @@ type Server struct {
 // the program. The claim stays the caller's to close, after the server.
 func NewServer(c *Claim, m Machine, version string) *Server {
 	s := &Server{claim: c, served: make(chan struct{})}
-	service := &service{machine: m, version: version}
+	service := &service{machine: m, dir: c.dir, version: version}
 	mux := http.NewServeMux()
 	mux.Handle(vmmv1connect.NewMachineServiceHandler(service,
 		connect.WithCodec(jsonCodec("json")), connect.WithCodec(jsonCodec("json; charset=utf-8")),

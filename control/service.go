@@ -3,18 +3,15 @@ package control
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"os"
 	"runtime"
-	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 
 	"vmm/machine"
 	vmmv1 "vmm/proto/vmm/v1"
-	"vmm/scsi/pr"
 )
 
 // Machine is what the service controls: a *machine.Machine.
@@ -30,6 +27,8 @@ type Machine interface {
 	Console() *machine.Console
 	ConsoleInput(ctx context.Context, p []byte) (int, error)
 	Reservation(ctx context.Context, id string) (machine.Reservation, error)
+	Attach(ctx context.Context, c machine.LUNConfig) (machine.LUNInfo, error)
+	Detach(ctx context.Context, id string, timeout time.Duration, force bool) (left []string, err error)
 	Depart(ctx context.Context) (*machine.Departure, error)
 }
 
@@ -46,6 +45,7 @@ const (
 // service implements vmmv1connect.MachineServiceHandler.
 type service struct {
 	machine   Machine
+	dir       RunDir
 	version   string
 	migration migrations
 	consoles  consoles
@@ -57,8 +57,12 @@ func failed(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, machine.ErrEnded), errors.Is(err, machine.ErrMoving):
+	case errors.Is(err, machine.ErrEnded), errors.Is(err, machine.ErrMoving), errors.Is(err, machine.ErrLUNInUse):
 		return connect.NewError(connect.CodeFailedPrecondition, err)
+	case errors.Is(err, machine.ErrNoLUN):
+		return connect.NewError(connect.CodeNotFound, err)
+	case errors.Is(err, machine.ErrLUNTaken):
+		return connect.NewError(connect.CodeAlreadyExists, err)
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, err)
 	case errors.Is(err, context.Canceled):
@@ -147,38 +151,6 @@ func (s *service) Stop(ctx context.Context, r *connect.Request[vmmv1.StopRequest
 		return nil, failed(err)
 	}
 	return connect.NewResponse(&vmmv1.StopResponse{Forced: true}), nil
-}
-
-func (s *service) Luns(ctx context.Context, r *connect.Request[vmmv1.LunsRequest]) (*connect.Response[vmmv1.LunsResponse], error) {
-	info := s.machine.Info()
-	var out vmmv1.LunsResponse
-	for i := range info.LUNs {
-		if r.Msg.Id == "" || r.Msg.Id == info.LUNs[i].ID {
-			out.Luns = append(out.Luns, lunMessage(&info.LUNs[i]))
-		}
-	}
-	if r.Msg.Id != "" && len(out.Luns) == 0 {
-		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("guest %s has no LUN %q", info.Name, r.Msg.Id))
-	}
-	ctx, cancel := context.WithTimeout(ctx, diskTime)
-	defer cancel()
-	var asked sync.WaitGroup
-	for _, l := range out.Luns {
-		asked.Go(func() {
-			found, err := s.machine.Reservation(ctx, l.Id)
-			switch {
-			case err == nil:
-				l.Reservations = ReservationsMessage(found.View, found.Own, found.OwnUnknown)
-				l.Reservations.Guest = guestMessage(found.Guest)
-			case pr.Unsupported(err):
-				l.Reservations = &vmmv1.Reservations{}
-			default:
-				l.Error = err.Error()
-			}
-		})
-	}
-	asked.Wait()
-	return connect.NewResponse(&out), nil
 }
 
 func (s *service) Events(ctx context.Context, _ *connect.Request[vmmv1.EventsRequest], out *connect.ServerStream[vmmv1.Event]) error {

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -103,18 +104,15 @@ func ParseLUN(s string) (LUNConfig, error) {
 			l.ReadOnly = true
 		case "target":
 			n, err := strconv.Atoi(value)
-			if err != nil || n < 0 || n >= MaxTargets {
+			if err != nil || n < 0 {
 				return fail("target %s: give a number from 0 to %d", value, MaxTargets-1)
 			}
 			l.Target = n
 		case "initiator":
-			if _, err := pr.NamedNexus(value); err != nil {
-				return fail("%v", err)
-			}
 			l.Initiator = value
 		case "timeout":
 			d, err := time.ParseDuration(value)
-			if err != nil || d < minTimeout || d > maxTimeout {
+			if err != nil {
 				return fail("timeout %s: give a time from 1s to 24h", value)
 			}
 			l.Timeout = d
@@ -127,10 +125,29 @@ func ParseLUN(s string) (LUNConfig, error) {
 			return fail("unknown option %q; a LUN is [id=NAME,]path=PATH[,target=N][,initiator=NAME][,timeout=30s][,readonly][,allow=unsafe]", key)
 		}
 	}
-	if l.Path == "" {
-		return fail("path=PATH is missing")
+	if err := l.Check(); err != nil {
+		return fail("%v", err)
 	}
 	return l, nil
+}
+
+// Check refuses values that no logical unit can have. Whether there is a disk
+// is found out when it is opened.
+func (l *LUNConfig) Check() error {
+	switch {
+	case l.Path == "":
+		return errors.New("path=PATH is missing")
+	case l.Target < -1 || l.Target >= MaxTargets:
+		return fmt.Errorf("target %d: give a number from 0 to %d", l.Target, MaxTargets-1)
+	case l.Timeout < minTimeout || l.Timeout > maxTimeout:
+		return fmt.Errorf("timeout %v: give a time from 1s to 24h", l.Timeout)
+	}
+	if l.Initiator != "" {
+		if _, err := pr.NamedNexus(l.Initiator); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func knownLUNKey(key string) bool {

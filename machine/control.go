@@ -65,15 +65,19 @@ func (m *Machine) Info() Info {
 	if t := m.started.Load(); t != nil {
 		i.Started = *t
 	}
-	for at, l := range m.luns {
-		_, passthrough := l.backend.(*sg.LUN)
-		c := m.cfg.LUNs[at]
-		if abs, err := filepath.Abs(c.Path); err == nil {
-			c.Path = abs // who asks is in another directory
-		}
-		i.LUNs = append(i.LUNs, LUNInfo{c, passthrough, l.identity.String()})
+	for _, l := range m.units() {
+		i.LUNs = append(i.LUNs, l.info())
 	}
 	return i
+}
+
+func (l *lun) info() LUNInfo {
+	_, passthrough := l.backend.(*sg.LUN)
+	c := l.cfg
+	if abs, err := filepath.Abs(c.Path); err == nil {
+		c.Path = abs // who asks is in another directory
+	}
+	return LUNInfo{c, passthrough, l.identity.String()}
 }
 
 // Reservation asks the logical unit called id for its reservations, through
@@ -81,12 +85,24 @@ func (m *Machine) Info() Info {
 // for the guest. An error for which pr.Unsupported holds says that the unit
 // has no persistent reservations.
 func (m *Machine) Reservation(ctx context.Context, id string) (Reservation, error) {
-	for at, l := range m.luns {
-		if m.cfg.LUNs[at].ID == id {
-			return l.reservation(ctx)
+	l, err := m.unit(id)
+	if err != nil {
+		return Reservation{}, err
+	}
+	return l.reservation(ctx)
+}
+
+// ErrNoLUN says that a machine has no logical unit of a name.
+var ErrNoLUN = errors.New("there is no such LUN")
+
+// unit is the logical unit called id.
+func (m *Machine) unit(id string) (*lun, error) {
+	for _, l := range m.units() {
+		if l.cfg.ID == id {
+			return l, nil
 		}
 	}
-	return Reservation{}, fmt.Errorf("machine %s has no LUN %q", m.cfg.Name, id)
+	return nil, fmt.Errorf("guest %s has no LUN %q; vmm lun list %[1]s shows those it has: %[3]w", m.cfg.Name, id, ErrNoLUN)
 }
 
 // Ended is closed when the guest runs no more.

@@ -21,6 +21,7 @@ const (
 	EventState   EventKind = "state"
 	EventReset   EventKind = "reset"   // the guest reset itself and boots again
 	EventWarning EventKind = "warning" // what Config.Warn is told
+	EventLUN     EventKind = "lun"     // a LUN was attached or detached
 	EventMissed  EventKind = "missed"  // the subscriber was too slow
 )
 

@@ -16,61 +16,85 @@ import (
 // openLUNs opens every LUN of the configuration, and asks each for the
 // reservation that its guest begins with.
 func (m *Machine) openLUNs() error {
-	for i := range m.cfg.LUNs {
-		backend, err := m.findLUN(&m.cfg.LUNs[i])
+	m.onClose(m.closeLUNs)
+	var units []*lun
+	defer func() { m.luns.Store(&units) }() // also what closeLUNs closes after an error
+	for _, c := range m.cfg.LUNs {
+		l, err := m.findLUN(c)
 		if err != nil {
 			return err
 		}
-		m.onClose(backend.Close)
-		m.luns = append(m.luns, newLUN(backend, &m.cfg.LUNs[i]))
+		units = append(units, l)
 	}
 	var asked sync.WaitGroup
-	errs := make([]error, len(m.luns))
-	for i, l := range m.luns {
-		asked.Go(func() {
-			if errs[i] = l.identify(); errs[i] != nil {
-				return
-			}
-			if want := m.cfg.LUNs[i].Identity; want != "" && l.identity.String() != want {
-				errs[i] = fmt.Errorf("it is %s; the guest's is %s", l.identity, want)
-			} else {
-				if err := l.learn(context.Background()); err != nil {
-					m.cfg.Warn(fmt.Sprintf("LUN %s: %v", m.cfg.LUNs[i].Path, err))
-				}
-			}
-		})
+	errs := make([]error, len(units))
+	for i, l := range units {
+		asked.Go(func() { errs[i] = m.meet(context.Background(), l) })
 	}
 	asked.Wait()
-	for i, err := range errs {
+	for _, err := range errs {
 		if err != nil {
-			return fmt.Errorf("LUN %s: %w", m.cfg.LUNs[i].Path, err)
+			return err
 		}
+	}
+	return nil
+}
+
+// units are the logical units of the guest. The slice is not changed: attaching
+// or detaching one makes another.
+func (m *Machine) units() []*lun {
+	if list := m.luns.Load(); list != nil {
+		return *list
+	}
+	return nil
+}
+
+// meet asks a LUN who it is, and for the reservation that its guest begins
+// with.
+func (m *Machine) meet(ctx context.Context, l *lun) error {
+	if err := l.identify(ctx); err != nil {
+		return fmt.Errorf("LUN %s: %w", l.cfg.Path, err)
+	}
+	if want := l.cfg.Identity; want != "" && l.identity.String() != want {
+		return fmt.Errorf("LUN %s: it is %s; the guest's is %s", l.cfg.Path, l.identity, want)
+	}
+	if err := l.learn(ctx); err != nil {
+		m.cfg.Warn(fmt.Sprintf("LUN %s: %v", l.cfg.Path, err))
 	}
 	return nil
 }
 
 // findLUN opens one LUN, which it looks for among this host's devices if no
 // path is given: where several lead to it, one that nobody else uses.
-func (m *Machine) findLUN(l *LUNConfig) (scsi.LUN, error) {
-	if l.Path != "" {
-		return m.openLUN(l)
+func (m *Machine) findLUN(c LUNConfig) (*lun, error) {
+	if c.Path != "" {
+		return m.openLUN(c)
 	}
-	paths, err := sg.Find(l.Identity)
+	paths, err := sg.Find(c.Identity)
 	if err != nil {
-		return nil, fmt.Errorf("LUN %s: %w", l.ID, err)
+		return nil, fmt.Errorf("LUN %s: %w", c.ID, err)
 	}
 	for i, path := range paths {
-		l.Path = path
-		lun, err := m.openLUN(l)
+		c.Path = path
+		l, err := m.openLUN(c)
 		if err == nil || i == len(paths)-1 || !errors.Is(err, sg.ErrBusy) {
-			return lun, err
+			return l, err
 		}
 	}
-	return nil, fmt.Errorf("LUN %s: no SCSI device of this host is %s; log in to its target or rescan, or name the device with --lun id=%[1]s,path=PATH", l.ID, l.Identity)
+	return nil, fmt.Errorf("LUN %s: no SCSI device of this host is %s; log in to its target or rescan, or name the device with --lun id=%[1]s,path=PATH", c.ID, c.Identity)
 }
 
-// openLUN opens one LUN: what its path names decides which kind it is.
-func (m *Machine) openLUN(l *LUNConfig) (scsi.LUN, error) {
+// openLUN opens one LUN.
+func (m *Machine) openLUN(c LUNConfig) (*lun, error) {
+	backend, err := m.openBackend(&c)
+	if err != nil {
+		return nil, err
+	}
+	return newLUN(backend, c), nil
+}
+
+// openBackend opens what a LUN's path names, which decides what kind it is.
+func (m *Machine) openBackend(l *LUNConfig) (scsi.LUN, error) {
 	info, err := os.Stat(l.Path)
 	if err != nil {
 		return nil, fmt.Errorf("LUN %s: %w", l.Path, cause(err))
@@ -123,9 +147,9 @@ func limits(luns []*lun) scsi.Limits {
 
 // makeVirtio puts the virtio devices on the bus.
 func (m *Machine) makeVirtio() error {
-	m.scsi = virtio.NewSCSI(virtio.SCSIConfig{Queues: m.cfg.CPUs, Limits: limits(m.luns)})
-	for i, lun := range m.luns {
-		if err := m.scsi.Attach(uint8(m.cfg.LUNs[i].Target), lun); err != nil {
+	m.scsi = virtio.NewSCSI(virtio.SCSIConfig{Queues: m.cfg.CPUs, Limits: limits(m.units())})
+	for _, l := range m.units() {
+		if err := m.scsi.Attach(uint8(l.cfg.Target), l); err != nil {
 			return err
 		}
 	}

@@ -43,7 +43,11 @@ type Machine struct {
 	uarts   [2]*device.UART
 	console *Console
 	scsi    *virtio.SCSI
-	luns    []*lun
+	luns    atomic.Pointer[[]*lun] // see units
+	plug    plug
+	past    past
+	// retiring are the LUNs that the guest has no more and that are not closed.
+	retiring sync.WaitGroup
 
 	given given // what the guest was given of a processor
 	guest guest // what Run begins with
@@ -139,7 +143,7 @@ func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 
 // empty is a machine without parts.
 func empty(cfg Config) *Machine {
-	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), ended: make(chan struct{})}
+	m := &Machine{cfg: cfg, events: make(chan event, 1), requests: make(chan request), plug: make(plug, 1), ended: make(chan struct{})}
 	m.end = sync.OnceFunc(func() {
 		m.enterState(StateEnded, m.ending)
 		m.feed.end()
@@ -430,6 +434,7 @@ func (m *Machine) enter() error {
 // the kernel again. The vCPUs stand still.
 func (m *Machine) reset() error {
 	m.pci.Reset() // waits for what the devices have in flight
+	m.past.forget()
 	for _, d := range m.legacy {
 		d.Reset()
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,6 +23,7 @@ import (
 // Departure is a machine as package migration sees the one that moves away.
 type Departure struct {
 	*Machine
+	units []*lun // the machine's when it departed
 	luns  []*migration.LUN
 	files []migration.Attachment
 }
@@ -40,7 +42,7 @@ func (m *Machine) Depart(ctx context.Context) (*Departure, error) {
 	if s := m.State(); s != StateRunning {
 		return nil, fmt.Errorf("the guest is %s: only a running one can migrate", s)
 	}
-	d := &Departure{Machine: m}
+	d := &Departure{Machine: m, units: m.units()}
 	if m.kernel.Data != nil { // else it did not come here with the guest
 		kernel, initrd, err := m.Images()
 		if err != nil {
@@ -52,12 +54,12 @@ func (m *Machine) Depart(ctx context.Context) (*Departure, error) {
 		}
 	}
 	var err error
-	d.luns, err = m.scout(ctx, nil)
+	d.luns, err = scout(ctx, d.units, nil)
 	return d, err
 }
 
 // Config is what the destination makes its machine of.
-func (d *Departure) Config() *vmmv1.MachineConfig { return d.cfg.message(d.Machine.luns) }
+func (d *Departure) Config() *vmmv1.MachineConfig { return d.cfg.message(d.units) }
 
 // RAM is the guest's memory.
 func (d *Departure) RAM() *memory.RAM { return d.ram }
@@ -74,7 +76,17 @@ func (d *Departure) TrackDirty() (migration.DirtyLog, error) { return d.Machine.
 // Pause stops the vCPUs and waits until every SCSI command is complete. From
 // here on nobody but d resumes the guest.
 func (d *Departure) Pause(ctx context.Context) error {
-	d.moving.Store(true)
+	if err := d.plug.take(ctx); err != nil {
+		return err
+	}
+	same := slices.Equal(d.units, d.Machine.units())
+	if same {
+		d.moving.Store(true) // from here on none is attached or detached
+	}
+	d.plug.give()
+	if !same {
+		return errors.New("a LUN was attached or detached since the migration began: migrate again")
+	}
 	err := d.Machine.Pause(ctx)
 	if err == nil {
 		err = d.Quiesce(ctx)
@@ -104,16 +116,15 @@ const scoutTime = 10 * time.Second
 // scout asks all LUNs at once what a takeover must know of them. At a
 // destination, identify makes this host's nexus known where the LUN alone can
 // tell it; journal entries are made by it.
-func (m *Machine) scout(ctx context.Context, identify func(*migration.LUN, pr.Key) pr.Ledger) ([]*migration.LUN, error) {
+func scout(ctx context.Context, units []*lun, identify func(*migration.LUN, pr.Key) pr.Ledger) ([]*migration.LUN, error) {
 	ctx, cancel := context.WithTimeout(ctx, scoutTime)
 	defer cancel()
-	luns, errs := make([]*migration.LUN, len(m.luns)), make([]error, len(m.luns))
+	luns, errs := make([]*migration.LUN, len(units)), make([]error, len(units))
 	var asked sync.WaitGroup
-	for i := range m.luns {
+	for i, l := range units {
 		asked.Go(func() {
-			c := &m.cfg.LUNs[i]
-			if luns[i], errs[i] = m.luns[i].scout(ctx, c, identify); errs[i] != nil {
-				errs[i] = fmt.Errorf("LUN %s (%s): %w", c.ID, c.Path, errs[i])
+			if luns[i], errs[i] = l.scout(ctx, identify); errs[i] != nil {
+				errs[i] = fmt.Errorf("LUN %s (%s): %w", l.cfg.ID, l.cfg.Path, errs[i])
 			}
 		})
 	}
@@ -121,7 +132,7 @@ func (m *Machine) scout(ctx context.Context, identify func(*migration.LUN, pr.Ke
 	return luns, errors.Join(errs...)
 }
 
-func (l *lun) scout(ctx context.Context, c *LUNConfig, identify func(*migration.LUN, pr.Key) pr.Ledger) (*migration.LUN, error) {
+func (l *lun) scout(ctx context.Context, identify func(*migration.LUN, pr.Key) pr.Ledger) (*migration.LUN, error) {
 	select {
 	case <-l.turn:
 	case <-ctx.Done():
@@ -131,8 +142,11 @@ func (l *lun) scout(ctx context.Context, c *LUNConfig, identify func(*migration.
 		l.port.Seen = l.port.Seen[:0] // the guest has them
 		l.turn <- struct{}{}
 	}()
+	if l.gone {
+		return nil, ErrNoLUN
+	}
 	x := &migration.LUN{
-		ID: c.ID, Identity: l.identity.String(), Path: c.Path,
+		ID: l.cfg.ID, Identity: l.identity.String(), Path: l.cfg.Path,
 		// The takeover's commands go past the guest's door: it is migration
 		// that decides which unit attentions are the guest's.
 		Port:    &pr.Port{Sender: &pr.LUN{LUN: l.backend}},
@@ -184,14 +198,15 @@ func (l *lun) settled(o pr.Outcome, attentions []scsi.Sense) {
 	}
 }
 
-// message is c as it travels.
+// message is c as it travels, with the LUNs that the guest has.
 func (c *Config) message(luns []*lun) *vmmv1.MachineConfig {
 	m := &vmmv1.MachineConfig{
 		Name: c.Name, Cpus: uint32(c.CPUs), MemoryBytes: c.Memory, CpuModel: string(c.CPU),
 		Kernel: c.Kernel, Initrd: c.Initrd, Cmdline: c.Cmdline, NoReboot: c.NoReboot,
 	}
-	for i, l := range c.LUNs {
-		_, passthrough := luns[i].backend.(*sg.LUN)
+	for _, unit := range luns {
+		l := &unit.cfg
+		_, passthrough := unit.backend.(*sg.LUN)
 		m.Luns = append(m.Luns, &vmmv1.LunConfig{
 			Id: l.ID, Path: l.Path, Target: uint32(l.Target), TimeoutMs: uint64(l.Timeout / time.Millisecond),
 			Readonly: l.ReadOnly, AllowUnsafe: l.Unsafe, Initiator: l.Initiator, Passthrough: passthrough,
@@ -274,7 +289,7 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 	if err != nil {
 		return nil, err
 	}
-	a.luns, err = a.m.scout(ctx, func(l *migration.LUN, k pr.Key) pr.Ledger {
+	a.luns, err = scout(ctx, a.m.units(), func(l *migration.LUN, k pr.Key) pr.Ledger {
 		return journal.For(pr.Entry{LUN: l.Identity, Path: l.Path, Via: l.Address + " probe", Migration: offer.ID.String(), Key: k})
 	})
 	if err != nil {

@@ -155,7 +155,7 @@ func reserve(t *testing.T, m *Machine, key pr.Key) {
 		cdb, list := o.Encode()
 		for { // a driver repeats what a unit attention answers
 			c := &scsi.Command{CDB: cdb, DataOut: [][]byte{list}}
-			if err := scsi.Exec(t.Context(), m.luns[0], c); err != nil {
+			if err := scsi.Exec(t.Context(), m.units()[0], c); err != nil {
 				t.Fatal(err)
 			}
 			if s, ok := scsi.ParseSense(c.Sense[:c.SenseLen]); ok && s.Key == scsi.UnitAttention {

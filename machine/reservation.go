@@ -17,12 +17,14 @@ import (
 // answered commands of ours. Ours go to shared.Ours.
 type lun struct {
 	scsi.LUN // the guest's door
+	cfg      LUNConfig
 	backend  scsi.LUN
 	identity *scsi.Identity
 	shared   *scsi.Shared
 	tracked  *tracked
 
 	turn chan struct{} // holds one token: who has it sends commands of ours
+	gone bool          // the guest has it no more; whoever has the token looks
 	port pr.Port
 	self pr.Nexus // this host's nexus; zero while nobody knows
 	// persist is PTPL_A as a migration found it.
@@ -30,11 +32,12 @@ type lun struct {
 }
 
 // newLUN puts the parts together. Nothing is sent.
-func newLUN(backend scsi.LUN, c *LUNConfig) *lun {
+func newLUN(backend scsi.LUN, c LUNConfig) *lun {
 	shared := scsi.Share(backend)
 	tracked := &tracked{LUN: shared}
 	l := &lun{
 		LUN:     &scsi.Guard{LUN: tracked, ReadOnly: c.ReadOnly, AllowUnsafe: c.Unsafe},
+		cfg:     c,
 		backend: backend,
 		shared:  shared,
 		tracked: tracked,
@@ -47,12 +50,12 @@ func newLUN(backend scsi.LUN, c *LUNConfig) *lun {
 
 // identify asks the logical unit who it is, which nothing stops and which
 // takes no unit attention away.
-func (l *lun) identify() (err error) {
+func (l *lun) identify(ctx context.Context) (err error) {
 	if known, ok := l.backend.(interface{ Identity() *scsi.Identity }); ok {
 		l.identity = known.Identity()
 		return nil
 	}
-	l.identity, err = scsi.ReadIdentity(context.Background(), l.backend)
+	l.identity, err = scsi.ReadIdentity(ctx, l.backend)
 	return err
 }
 
@@ -62,7 +65,7 @@ const learnTimeout = 10 * time.Second
 
 // learn makes the tracker begin with what is on the disk: a guest that is
 // started again may have left a registration, and need not register again to
-// use it. It is called before the guest runs. The error is a warning.
+// use it. It is called before the guest has the LUN. The error is a warning.
 func (l *lun) learn(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, learnTimeout)
 	defer cancel()
@@ -121,6 +124,9 @@ func (l *lun) reservation(ctx context.Context) (Reservation, error) {
 		l.port.Seen = l.port.Seen[:0] // the guest has them
 		l.turn <- struct{}{}
 	}()
+	if l.gone {
+		return Reservation{}, ErrNoLUN
+	}
 	before := l.tracked.changes()
 	v, err := l.port.View(ctx)
 	guest := l.tracked.state()

@@ -90,7 +90,7 @@ func guestOut(t *testing.T, l scsi.LUN, o pr.Out) error {
 func TestGuestReservationIsTracked(t *testing.T) {
 	for _, q := range pr.Targets {
 		backend := newTargetLUN(q)
-		l := newLUN(backend, &LUNConfig{})
+		l := newLUN(backend, LUNConfig{})
 		if err := l.learn(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -143,7 +143,7 @@ func TestTrackerBeginsWithTheDisk(t *testing.T) {
 		} {
 			backend := newTargetLUN(q)
 			test.left(backend)
-			l := newLUN(backend, &LUNConfig{})
+			l := newLUN(backend, LUNConfig{})
 			if err := l.learn(t.Context()); err != nil {
 				t.Fatal(err)
 			}
@@ -159,13 +159,13 @@ func TestTrackerBeginsWithTheDisk(t *testing.T) {
 }
 
 func TestDiskThatDoesNotAnswerIsInDoubt(t *testing.T) {
-	l := newLUN(scsitest.NewHeld(8), &LUNConfig{})
+	l := newLUN(scsitest.NewHeld(8), LUNConfig{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := l.learn(ctx); !errors.Is(err, context.Canceled) || !l.tracked.state().Doubt {
 		t.Errorf("learn() = %v, tracker has %+v; want an error and doubt", err, l.tracked.state())
 	}
-	l = newLUN(scsitest.NewDisk(8), &LUNConfig{})
+	l = newLUN(scsitest.NewDisk(8), LUNConfig{})
 	if err := l.learn(t.Context()); err != nil || l.tracked.state() != (pr.Tracked{}) {
 		t.Errorf("a disk without reservations: learn() = %v, tracker has %+v", err, l.tracked.state())
 	}
@@ -175,7 +175,7 @@ func TestDiskThatDoesNotAnswerIsInDoubt(t *testing.T) {
 // another host, and is told what a target without them tells.
 func TestCapabilitiesAreMasked(t *testing.T) {
 	backend := newTargetLUN(pr.Quirks{})
-	l := newLUN(backend, &LUNConfig{})
+	l := newLUN(backend, LUNConfig{})
 	want := backend.target.Capabilities()
 	if !want.SpecifyPorts || !want.AllTargetPorts {
 		t.Fatal("the reference target has neither capability: this test tests nothing")
@@ -233,7 +233,7 @@ func TestCapabilitiesAreMasked(t *testing.T) {
 // was judged is what is sent, and what is noted.
 func TestParameterListIsCopiedOnce(t *testing.T) {
 	backend := scsitest.NewHeld(8)
-	l := newLUN(backend, &LUNConfig{})
+	l := newLUN(backend, LUNConfig{})
 	cdb, list := pr.Out{Action: pr.Register, ServiceKey: ourKey}.Encode()
 	done := make(chan struct{})
 	c := &scsi.Command{CDB: cdb, DataOut: [][]byte{list}, Done: func(*scsi.Command) { close(done) }}
@@ -255,7 +255,7 @@ func TestParameterListIsCopiedOnce(t *testing.T) {
 // Of two commands under way at the same time nobody knows which came first.
 func TestOverlappingCommandsAreInDoubt(t *testing.T) {
 	backend := scsitest.NewHeld(8)
-	l := newLUN(backend, &LUNConfig{})
+	l := newLUN(backend, LUNConfig{})
 	var wait sync.WaitGroup
 	for _, k := range []pr.Key{ourKey, otherKey} {
 		cdb, list := pr.Out{Action: pr.RegisterAndIgnoreExistingKey, ServiceKey: k}.Encode()
@@ -283,7 +283,7 @@ func TestOverlappingCommandsAreInDoubt(t *testing.T) {
 func TestReservationWhileTheGuestRuns(t *testing.T) {
 	for _, q := range pr.Targets {
 		backend := newTargetLUN(q)
-		l := newLUN(backend, &LUNConfig{})
+		l := newLUN(backend, LUNConfig{})
 		if err := guestOut(t, l, pr.Out{Action: pr.Register, ServiceKey: ourKey}); err != nil {
 			t.Fatal(err)
 		}
@@ -350,8 +350,8 @@ func TestSoftwareDiskReservationOutlivesTheMachine(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := newLUN(backend, &LUNConfig{})
-		if err := errors.Join(l.identify(), l.learn(t.Context())); err != nil {
+		l := newLUN(backend, LUNConfig{})
+		if err := errors.Join(l.identify(t.Context()), l.learn(t.Context())); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { l.Close() })
@@ -384,7 +384,7 @@ func TestSoftwareDiskReservationOutlivesTheMachine(t *testing.T) {
 }
 
 func TestResetEndsSPC2Reservation(t *testing.T) {
-	l := newLUN(newTargetLUN(pr.Quirks{}), &LUNConfig{})
+	l := newLUN(newTargetLUN(pr.Quirks{}), LUNConfig{})
 	c := &scsi.Command{CDB: []byte{scsi.OpReserve6, 0, 0, 0, 0, 0}}
 	if err := scsi.Exec(t.Context(), l, c); err != nil || c.Err() != nil {
 		t.Fatal(err, c.Err())
@@ -411,7 +411,7 @@ func ioCommand(n int) *scsi.Command {
 // Commands that have nothing to do with reservations pay next to nothing.
 func TestStackAllocatesNothing(t *testing.T) {
 	for _, c := range []LUNConfig{{}, {ReadOnly: true}, {Unsafe: true}} {
-		l, cmd := newLUN(scsitest.Null{}, &c), ioCommand(4096)
+		l, cmd := newLUN(scsitest.Null{}, c), ioCommand(4096)
 		if n := testing.AllocsPerRun(100, func() { l.Submit(cmd) }); n != 0 {
 			t.Errorf("%+v: a READ through the stack allocates %v times; want 0", c, n)
 		}
@@ -423,7 +423,7 @@ func BenchmarkStack(b *testing.B) {
 		b.Run(fmt.Sprintf("stack=%v", through), func(b *testing.B) {
 			var l scsi.LUN = scsitest.Null{}
 			if through {
-				l = newLUN(l, &LUNConfig{})
+				l = newLUN(l, LUNConfig{})
 			}
 			c := ioCommand(4096)
 			for b.Loop() {

@@ -49,7 +49,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 			parsed = true
 		},
 	}
-	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newPRCommand(),
+	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newLunCommand(), newPRCommand(),
 		newDoctorCommand(), newVersionCommand())
 	root.SetArgs(args)
 	root.SetIn(stdin)

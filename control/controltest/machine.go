@@ -5,6 +5,8 @@ package controltest
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,6 +31,7 @@ type Machine struct {
 	mu      sync.Mutex
 	state   machine.State
 	ended   chan struct{}
+	luns    []machine.LUNInfo
 }
 
 // New makes a machine called name.
@@ -36,18 +39,60 @@ func New(name string) *Machine {
 	return &Machine{
 		Name: name, state: machine.StateRunning, Feed: make(chan machine.Event, 8), ended: make(chan struct{}),
 		console: machine.NewConsole(nil, nil),
-	}
-}
-
-// Info has two logical units, data and root.
-func (m *Machine) Info() machine.Info {
-	return machine.Info{
-		Name: m.Name, State: m.State(), CPUs: 2, Memory: 1 << 30, CPU: machine.CPUHost, Started: time.Now().Add(-time.Minute),
-		LUNs: []machine.LUNInfo{
+		luns: []machine.LUNInfo{
 			{LUNConfig: machine.LUNConfig{ID: "data", Path: "/dev/sg2", Target: 1}, Passthrough: true, Identity: "naa.6001405"},
 			{LUNConfig: machine.LUNConfig{ID: "root", Path: "root.img", ReadOnly: true}, Identity: "uuid.1"},
 		},
 	}
+}
+
+// Info has at first two logical units, data and root.
+func (m *Machine) Info() machine.Info {
+	state := m.State()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return machine.Info{
+		Name: m.Name, State: state, CPUs: 2, Memory: 1 << 30, CPU: machine.CPUHost, Started: time.Now().Add(-time.Minute),
+		LUNs: slices.Clone(m.luns),
+	}
+}
+
+// Attach makes a software disk of whatever it is given.
+func (m *Machine) Attach(_ context.Context, c machine.LUNConfig) (machine.LUNInfo, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if c.Target < 0 {
+		c.Target = 2
+	}
+	if c.ID == "" {
+		c.ID = fmt.Sprintf("lun%d", c.Target)
+	}
+	for _, l := range m.luns {
+		if l.ID == c.ID || l.Target == c.Target {
+			return machine.LUNInfo{}, machine.ErrLUNTaken
+		}
+	}
+	info := machine.LUNInfo{LUNConfig: c, Identity: "uuid.2"}
+	m.luns = append(m.luns, info)
+	return info, nil
+}
+
+// Detach takes a logical unit away. On data the guest is registered.
+func (m *Machine) Detach(_ context.Context, id string, _ time.Duration, force bool) (left []string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	at := slices.IndexFunc(m.luns, func(l machine.LUNInfo) bool { return l.ID == id })
+	if at < 0 {
+		return nil, fmt.Errorf("LUN %q: %w", id, machine.ErrNoLUN)
+	}
+	if id == "data" {
+		left = []string{"the guest is registered with key 0x00000000000000aa"}
+		if !force {
+			return nil, fmt.Errorf("LUN %s: %s: %w", id, left[0], machine.ErrLUNInUse)
+		}
+	}
+	m.luns = slices.Delete(m.luns, at, at+1)
+	return left, nil
 }
 
 // State is the machine's state.

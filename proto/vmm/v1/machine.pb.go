@@ -626,6 +626,261 @@ func (x *LunsResponse) GetLuns() []*Lun {
 	return nil
 }
 
+// AttachLunRequest is what vmm run takes as --lun.
+type AttachLunRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id is the name for it; empty: lunN, N being the target.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Path is /dev/sgN or a SCSI block device, which is passed through, or a
+	// regular file, the software disk. It is absolute.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Target is the guest's address, LUN 0 of this target, 0 to 255; absent: the
+	// lowest that this guest has never had.
+	Target *uint32 `protobuf:"varint,3,opt,name=target,proto3,oneof" json:"target,omitempty"`
+	// Initiator names the software disk's I_T nexus; empty: HOST:VM.
+	Initiator string `protobuf:"bytes,4,opt,name=initiator,proto3" json:"initiator,omitempty"`
+	// TimeoutMs bounds one passed-through command; 0: 30 seconds.
+	TimeoutMs uint64 `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	Readonly  bool   `protobuf:"varint,6,opt,name=readonly,proto3" json:"readonly,omitempty"`
+	// AllowUnsafe lets commands pass that can brick the device for others.
+	AllowUnsafe   bool `protobuf:"varint,7,opt,name=allow_unsafe,json=allowUnsafe,proto3" json:"allow_unsafe,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachLunRequest) Reset() {
+	*x = AttachLunRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachLunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachLunRequest) ProtoMessage() {}
+
+func (x *AttachLunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachLunRequest.ProtoReflect.Descriptor instead.
+func (*AttachLunRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *AttachLunRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AttachLunRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *AttachLunRequest) GetTarget() uint32 {
+	if x != nil && x.Target != nil {
+		return *x.Target
+	}
+	return 0
+}
+
+func (x *AttachLunRequest) GetInitiator() string {
+	if x != nil {
+		return x.Initiator
+	}
+	return ""
+}
+
+func (x *AttachLunRequest) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *AttachLunRequest) GetReadonly() bool {
+	if x != nil {
+		return x.Readonly
+	}
+	return false
+}
+
+func (x *AttachLunRequest) GetAllowUnsafe() bool {
+	if x != nil {
+		return x.AllowUnsafe
+	}
+	return false
+}
+
+type AttachLunResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lun           *Lun                   `protobuf:"bytes,1,opt,name=lun,proto3" json:"lun,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachLunResponse) Reset() {
+	*x = AttachLunResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachLunResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachLunResponse) ProtoMessage() {}
+
+func (x *AttachLunResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachLunResponse.ProtoReflect.Descriptor instead.
+func (*AttachLunResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *AttachLunResponse) GetLun() *Lun {
+	if x != nil {
+		return x.Lun
+	}
+	return nil
+}
+
+type DetachLunRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Force takes it away from a guest that is registered or has commands in
+	// flight, and whatever the disk says or does not say.
+	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	// TimeoutMs is the time that commands in flight have to come back, and the
+	// disk to answer, in milliseconds; absent: 10 seconds.
+	TimeoutMs     *uint32 `protobuf:"varint,3,opt,name=timeout_ms,json=timeoutMs,proto3,oneof" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachLunRequest) Reset() {
+	*x = DetachLunRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachLunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachLunRequest) ProtoMessage() {}
+
+func (x *DetachLunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachLunRequest.ProtoReflect.Descriptor instead.
+func (*DetachLunRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DetachLunRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DetachLunRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *DetachLunRequest) GetTimeoutMs() uint32 {
+	if x != nil && x.TimeoutMs != nil {
+		return *x.TimeoutMs
+	}
+	return 0
+}
+
+type DetachLunResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Left are sentences on what is left behind: a registration, commands in
+	// flight.
+	Left          []string `protobuf:"bytes,1,rep,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachLunResponse) Reset() {
+	*x = DetachLunResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachLunResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachLunResponse) ProtoMessage() {}
+
+func (x *DetachLunResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachLunResponse.ProtoReflect.Descriptor instead.
+func (*DetachLunResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *DetachLunResponse) GetLeft() []string {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
 // Lun is one logical unit of a machine.
 type Lun struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -649,7 +904,7 @@ type Lun struct {
 
 func (x *Lun) Reset() {
 	*x = Lun{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[12]
+	mi := &file_vmm_v1_machine_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -661,7 +916,7 @@ func (x *Lun) String() string {
 func (*Lun) ProtoMessage() {}
 
 func (x *Lun) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[12]
+	mi := &file_vmm_v1_machine_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -674,7 +929,7 @@ func (x *Lun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lun.ProtoReflect.Descriptor instead.
 func (*Lun) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{12}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Lun) GetId() string {
@@ -764,7 +1019,7 @@ type Reservations struct {
 
 func (x *Reservations) Reset() {
 	*x = Reservations{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[13]
+	mi := &file_vmm_v1_machine_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -776,7 +1031,7 @@ func (x *Reservations) String() string {
 func (*Reservations) ProtoMessage() {}
 
 func (x *Reservations) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[13]
+	mi := &file_vmm_v1_machine_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -789,7 +1044,7 @@ func (x *Reservations) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reservations.ProtoReflect.Descriptor instead.
 func (*Reservations) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{13}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Reservations) GetSupported() bool {
@@ -880,7 +1135,7 @@ type Registrant struct {
 
 func (x *Registrant) Reset() {
 	*x = Registrant{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[14]
+	mi := &file_vmm_v1_machine_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -892,7 +1147,7 @@ func (x *Registrant) String() string {
 func (*Registrant) ProtoMessage() {}
 
 func (x *Registrant) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[14]
+	mi := &file_vmm_v1_machine_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -905,7 +1160,7 @@ func (x *Registrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Registrant.ProtoReflect.Descriptor instead.
 func (*Registrant) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{14}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Registrant) GetKey() string {
@@ -968,7 +1223,7 @@ type GuestReservation struct {
 
 func (x *GuestReservation) Reset() {
 	*x = GuestReservation{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[15]
+	mi := &file_vmm_v1_machine_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1235,7 @@ func (x *GuestReservation) String() string {
 func (*GuestReservation) ProtoMessage() {}
 
 func (x *GuestReservation) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[15]
+	mi := &file_vmm_v1_machine_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1248,7 @@ func (x *GuestReservation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestReservation.ProtoReflect.Descriptor instead.
 func (*GuestReservation) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{15}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GuestReservation) GetKey() string {
@@ -1059,7 +1314,7 @@ type MigrateRequest struct {
 
 func (x *MigrateRequest) Reset() {
 	*x = MigrateRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[16]
+	mi := &file_vmm_v1_machine_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1326,7 @@ func (x *MigrateRequest) String() string {
 func (*MigrateRequest) ProtoMessage() {}
 
 func (x *MigrateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[16]
+	mi := &file_vmm_v1_machine_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1339,7 @@ func (x *MigrateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrateRequest.ProtoReflect.Descriptor instead.
 func (*MigrateRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{16}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MigrateRequest) GetAddress() string {
@@ -1157,7 +1412,7 @@ type MigrateResponse struct {
 
 func (x *MigrateResponse) Reset() {
 	*x = MigrateResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[17]
+	mi := &file_vmm_v1_machine_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1424,7 @@ func (x *MigrateResponse) String() string {
 func (*MigrateResponse) ProtoMessage() {}
 
 func (x *MigrateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[17]
+	mi := &file_vmm_v1_machine_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1437,7 @@ func (x *MigrateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrateResponse.ProtoReflect.Descriptor instead.
 func (*MigrateResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{17}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *MigrateResponse) GetBody() isMigrateResponse_Body {
@@ -1250,7 +1505,7 @@ type MigrationProgress struct {
 
 func (x *MigrationProgress) Reset() {
 	*x = MigrationProgress{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[18]
+	mi := &file_vmm_v1_machine_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1517,7 @@ func (x *MigrationProgress) String() string {
 func (*MigrationProgress) ProtoMessage() {}
 
 func (x *MigrationProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[18]
+	mi := &file_vmm_v1_machine_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1530,7 @@ func (x *MigrationProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationProgress.ProtoReflect.Descriptor instead.
 func (*MigrationProgress) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{18}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *MigrationProgress) GetRound() uint32 {
@@ -1352,7 +1607,7 @@ type MigrationSummary struct {
 
 func (x *MigrationSummary) Reset() {
 	*x = MigrationSummary{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[19]
+	mi := &file_vmm_v1_machine_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1364,7 +1619,7 @@ func (x *MigrationSummary) String() string {
 func (*MigrationSummary) ProtoMessage() {}
 
 func (x *MigrationSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[19]
+	mi := &file_vmm_v1_machine_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1377,7 +1632,7 @@ func (x *MigrationSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationSummary.ProtoReflect.Descriptor instead.
 func (*MigrationSummary) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{19}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *MigrationSummary) GetId() string {
@@ -1442,7 +1697,7 @@ type MigratedLun struct {
 
 func (x *MigratedLun) Reset() {
 	*x = MigratedLun{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[20]
+	mi := &file_vmm_v1_machine_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1709,7 @@ func (x *MigratedLun) String() string {
 func (*MigratedLun) ProtoMessage() {}
 
 func (x *MigratedLun) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[20]
+	mi := &file_vmm_v1_machine_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1722,7 @@ func (x *MigratedLun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigratedLun.ProtoReflect.Descriptor instead.
 func (*MigratedLun) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{20}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *MigratedLun) GetId() string {
@@ -1508,7 +1763,7 @@ type MigrationDowntime struct {
 
 func (x *MigrationDowntime) Reset() {
 	*x = MigrationDowntime{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[21]
+	mi := &file_vmm_v1_machine_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1520,7 +1775,7 @@ func (x *MigrationDowntime) String() string {
 func (*MigrationDowntime) ProtoMessage() {}
 
 func (x *MigrationDowntime) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[21]
+	mi := &file_vmm_v1_machine_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1533,7 +1788,7 @@ func (x *MigrationDowntime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationDowntime.ProtoReflect.Descriptor instead.
 func (*MigrationDowntime) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{21}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *MigrationDowntime) GetTotalUs() uint64 {
@@ -1593,7 +1848,7 @@ type CancelMigrationRequest struct {
 
 func (x *CancelMigrationRequest) Reset() {
 	*x = CancelMigrationRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[22]
+	mi := &file_vmm_v1_machine_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1605,7 +1860,7 @@ func (x *CancelMigrationRequest) String() string {
 func (*CancelMigrationRequest) ProtoMessage() {}
 
 func (x *CancelMigrationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[22]
+	mi := &file_vmm_v1_machine_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1618,7 +1873,7 @@ func (x *CancelMigrationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelMigrationRequest.ProtoReflect.Descriptor instead.
 func (*CancelMigrationRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{22}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{26}
 }
 
 type CancelMigrationResponse struct {
@@ -1629,7 +1884,7 @@ type CancelMigrationResponse struct {
 
 func (x *CancelMigrationResponse) Reset() {
 	*x = CancelMigrationResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[23]
+	mi := &file_vmm_v1_machine_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1641,7 +1896,7 @@ func (x *CancelMigrationResponse) String() string {
 func (*CancelMigrationResponse) ProtoMessage() {}
 
 func (x *CancelMigrationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[23]
+	mi := &file_vmm_v1_machine_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1654,7 +1909,7 @@ func (x *CancelMigrationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelMigrationResponse.ProtoReflect.Descriptor instead.
 func (*CancelMigrationResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{23}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{27}
 }
 
 type ConsoleRequest struct {
@@ -1670,7 +1925,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[24]
+	mi := &file_vmm_v1_machine_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1682,7 +1937,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[24]
+	mi := &file_vmm_v1_machine_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1695,7 +1950,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{24}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ConsoleRequest) GetScrollbackBytes() uint64 {
@@ -1727,7 +1982,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[25]
+	mi := &file_vmm_v1_machine_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +1994,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[25]
+	mi := &file_vmm_v1_machine_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +2007,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{25}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ConsoleResponse) GetText() []byte {
@@ -1785,7 +2040,7 @@ type ConsoleInputRequest struct {
 
 func (x *ConsoleInputRequest) Reset() {
 	*x = ConsoleInputRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	mi := &file_vmm_v1_machine_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +2052,7 @@ func (x *ConsoleInputRequest) String() string {
 func (*ConsoleInputRequest) ProtoMessage() {}
 
 func (x *ConsoleInputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	mi := &file_vmm_v1_machine_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +2065,7 @@ func (x *ConsoleInputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleInputRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleInputRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{26}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ConsoleInputRequest) GetText() []byte {
@@ -1828,7 +2083,7 @@ type ConsoleInputResponse struct {
 
 func (x *ConsoleInputResponse) Reset() {
 	*x = ConsoleInputResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	mi := &file_vmm_v1_machine_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1840,7 +2095,7 @@ func (x *ConsoleInputResponse) String() string {
 func (*ConsoleInputResponse) ProtoMessage() {}
 
 func (x *ConsoleInputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	mi := &file_vmm_v1_machine_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1853,7 +2108,7 @@ func (x *ConsoleInputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleInputResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleInputResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{27}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{31}
 }
 
 type EventsRequest struct {
@@ -1864,7 +2119,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[28]
+	mi := &file_vmm_v1_machine_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2131,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[28]
+	mi := &file_vmm_v1_machine_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2144,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{28}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{32}
 }
 
 // Event is something that happened to a machine.
@@ -1897,7 +2152,7 @@ type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Time is in RFC 3339, with milliseconds.
 	Time string `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
-	// Kind is state, reset, warning or missed.
+	// Kind is state, reset, warning, lun (one was attached or detached) or missed.
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// State is the state that the machine is in from now on, of kind state.
 	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
@@ -1912,7 +2167,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[29]
+	mi := &file_vmm_v1_machine_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1924,7 +2179,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[29]
+	mi := &file_vmm_v1_machine_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1937,7 +2192,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{29}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Event) GetTime() string {
@@ -2013,7 +2268,27 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\vLunsRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"/\n" +
 	"\fLunsResponse\x12\x1f\n" +
-	"\x04luns\x18\x01 \x03(\v2\v.vmm.v1.LunR\x04luns\"\xdd\x01\n" +
+	"\x04luns\x18\x01 \x03(\v2\v.vmm.v1.LunR\x04luns\"\xda\x01\n" +
+	"\x10AttachLunRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
+	"\x06target\x18\x03 \x01(\rH\x00R\x06target\x88\x01\x01\x12\x1c\n" +
+	"\tinitiator\x18\x04 \x01(\tR\tinitiator\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x05 \x01(\x04R\ttimeoutMs\x12\x1a\n" +
+	"\breadonly\x18\x06 \x01(\bR\breadonly\x12!\n" +
+	"\fallow_unsafe\x18\a \x01(\bR\vallowUnsafeB\t\n" +
+	"\a_target\"2\n" +
+	"\x11AttachLunResponse\x12\x1d\n" +
+	"\x03lun\x18\x01 \x01(\v2\v.vmm.v1.LunR\x03lun\"k\n" +
+	"\x10DetachLunRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12\"\n" +
+	"\n" +
+	"timeout_ms\x18\x03 \x01(\rH\x00R\ttimeoutMs\x88\x01\x01B\r\n" +
+	"\v_timeout_ms\"'\n" +
+	"\x11DetachLunResponse\x12\x12\n" +
+	"\x04left\x18\x01 \x03(\tR\x04left\"\xdd\x01\n" +
 	"\x03Lun\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
@@ -2126,14 +2401,16 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x12\n" +
 	"\x04text\x18\x04 \x01(\tR\x04text\x12\x16\n" +
-	"\x06missed\x18\x05 \x01(\rR\x06missed2\xb1\x05\n" +
+	"\x06missed\x18\x05 \x01(\rR\x06missed2\xb5\x06\n" +
 	"\x0eMachineService\x12<\n" +
 	"\x06Status\x12\x15.vmm.v1.StatusRequest\x1a\x16.vmm.v1.StatusResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\aVersion\x12\x16.vmm.v1.VersionRequest\x1a\x17.vmm.v1.VersionResponse\"\x03\x90\x02\x01\x124\n" +
 	"\x05Pause\x12\x14.vmm.v1.PauseRequest\x1a\x15.vmm.v1.PauseResponse\x127\n" +
 	"\x06Resume\x12\x15.vmm.v1.ResumeRequest\x1a\x16.vmm.v1.ResumeResponse\x121\n" +
 	"\x04Stop\x12\x13.vmm.v1.StopRequest\x1a\x14.vmm.v1.StopResponse\x121\n" +
-	"\x04Luns\x12\x13.vmm.v1.LunsRequest\x1a\x14.vmm.v1.LunsResponse\x12<\n" +
+	"\x04Luns\x12\x13.vmm.v1.LunsRequest\x1a\x14.vmm.v1.LunsResponse\x12@\n" +
+	"\tAttachLun\x12\x18.vmm.v1.AttachLunRequest\x1a\x19.vmm.v1.AttachLunResponse\x12@\n" +
+	"\tDetachLun\x12\x18.vmm.v1.DetachLunRequest\x1a\x19.vmm.v1.DetachLunResponse\x12<\n" +
 	"\aMigrate\x12\x16.vmm.v1.MigrateRequest\x1a\x17.vmm.v1.MigrateResponse0\x01\x12R\n" +
 	"\x0fCancelMigration\x12\x1e.vmm.v1.CancelMigrationRequest\x1a\x1f.vmm.v1.CancelMigrationResponse\x12<\n" +
 	"\aConsole\x12\x16.vmm.v1.ConsoleRequest\x1a\x17.vmm.v1.ConsoleResponse0\x01\x12I\n" +
@@ -2152,7 +2429,7 @@ func file_vmm_v1_machine_proto_rawDescGZIP() []byte {
 	return file_vmm_v1_machine_proto_rawDescData
 }
 
-var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_vmm_v1_machine_proto_goTypes = []any{
 	(*StatusRequest)(nil),           // 0: vmm.v1.StatusRequest
 	(*StatusResponse)(nil),          // 1: vmm.v1.StatusResponse
@@ -2166,63 +2443,72 @@ var file_vmm_v1_machine_proto_goTypes = []any{
 	(*StopResponse)(nil),            // 9: vmm.v1.StopResponse
 	(*LunsRequest)(nil),             // 10: vmm.v1.LunsRequest
 	(*LunsResponse)(nil),            // 11: vmm.v1.LunsResponse
-	(*Lun)(nil),                     // 12: vmm.v1.Lun
-	(*Reservations)(nil),            // 13: vmm.v1.Reservations
-	(*Registrant)(nil),              // 14: vmm.v1.Registrant
-	(*GuestReservation)(nil),        // 15: vmm.v1.GuestReservation
-	(*MigrateRequest)(nil),          // 16: vmm.v1.MigrateRequest
-	(*MigrateResponse)(nil),         // 17: vmm.v1.MigrateResponse
-	(*MigrationProgress)(nil),       // 18: vmm.v1.MigrationProgress
-	(*MigrationSummary)(nil),        // 19: vmm.v1.MigrationSummary
-	(*MigratedLun)(nil),             // 20: vmm.v1.MigratedLun
-	(*MigrationDowntime)(nil),       // 21: vmm.v1.MigrationDowntime
-	(*CancelMigrationRequest)(nil),  // 22: vmm.v1.CancelMigrationRequest
-	(*CancelMigrationResponse)(nil), // 23: vmm.v1.CancelMigrationResponse
-	(*ConsoleRequest)(nil),          // 24: vmm.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),         // 25: vmm.v1.ConsoleResponse
-	(*ConsoleInputRequest)(nil),     // 26: vmm.v1.ConsoleInputRequest
-	(*ConsoleInputResponse)(nil),    // 27: vmm.v1.ConsoleInputResponse
-	(*EventsRequest)(nil),           // 28: vmm.v1.EventsRequest
-	(*Event)(nil),                   // 29: vmm.v1.Event
+	(*AttachLunRequest)(nil),        // 12: vmm.v1.AttachLunRequest
+	(*AttachLunResponse)(nil),       // 13: vmm.v1.AttachLunResponse
+	(*DetachLunRequest)(nil),        // 14: vmm.v1.DetachLunRequest
+	(*DetachLunResponse)(nil),       // 15: vmm.v1.DetachLunResponse
+	(*Lun)(nil),                     // 16: vmm.v1.Lun
+	(*Reservations)(nil),            // 17: vmm.v1.Reservations
+	(*Registrant)(nil),              // 18: vmm.v1.Registrant
+	(*GuestReservation)(nil),        // 19: vmm.v1.GuestReservation
+	(*MigrateRequest)(nil),          // 20: vmm.v1.MigrateRequest
+	(*MigrateResponse)(nil),         // 21: vmm.v1.MigrateResponse
+	(*MigrationProgress)(nil),       // 22: vmm.v1.MigrationProgress
+	(*MigrationSummary)(nil),        // 23: vmm.v1.MigrationSummary
+	(*MigratedLun)(nil),             // 24: vmm.v1.MigratedLun
+	(*MigrationDowntime)(nil),       // 25: vmm.v1.MigrationDowntime
+	(*CancelMigrationRequest)(nil),  // 26: vmm.v1.CancelMigrationRequest
+	(*CancelMigrationResponse)(nil), // 27: vmm.v1.CancelMigrationResponse
+	(*ConsoleRequest)(nil),          // 28: vmm.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),         // 29: vmm.v1.ConsoleResponse
+	(*ConsoleInputRequest)(nil),     // 30: vmm.v1.ConsoleInputRequest
+	(*ConsoleInputResponse)(nil),    // 31: vmm.v1.ConsoleInputResponse
+	(*EventsRequest)(nil),           // 32: vmm.v1.EventsRequest
+	(*Event)(nil),                   // 33: vmm.v1.Event
 }
 var file_vmm_v1_machine_proto_depIdxs = []int32{
-	12, // 0: vmm.v1.StatusResponse.luns:type_name -> vmm.v1.Lun
-	12, // 1: vmm.v1.LunsResponse.luns:type_name -> vmm.v1.Lun
-	13, // 2: vmm.v1.Lun.reservations:type_name -> vmm.v1.Reservations
-	14, // 3: vmm.v1.Reservations.registrants:type_name -> vmm.v1.Registrant
-	15, // 4: vmm.v1.Reservations.guest:type_name -> vmm.v1.GuestReservation
-	18, // 5: vmm.v1.MigrateResponse.progress:type_name -> vmm.v1.MigrationProgress
-	19, // 6: vmm.v1.MigrateResponse.summary:type_name -> vmm.v1.MigrationSummary
-	21, // 7: vmm.v1.MigrationSummary.downtime:type_name -> vmm.v1.MigrationDowntime
-	20, // 8: vmm.v1.MigrationSummary.luns:type_name -> vmm.v1.MigratedLun
-	20, // 9: vmm.v1.MigrationSummary.left:type_name -> vmm.v1.MigratedLun
-	0,  // 10: vmm.v1.MachineService.Status:input_type -> vmm.v1.StatusRequest
-	2,  // 11: vmm.v1.MachineService.Version:input_type -> vmm.v1.VersionRequest
-	4,  // 12: vmm.v1.MachineService.Pause:input_type -> vmm.v1.PauseRequest
-	6,  // 13: vmm.v1.MachineService.Resume:input_type -> vmm.v1.ResumeRequest
-	8,  // 14: vmm.v1.MachineService.Stop:input_type -> vmm.v1.StopRequest
-	10, // 15: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
-	16, // 16: vmm.v1.MachineService.Migrate:input_type -> vmm.v1.MigrateRequest
-	22, // 17: vmm.v1.MachineService.CancelMigration:input_type -> vmm.v1.CancelMigrationRequest
-	24, // 18: vmm.v1.MachineService.Console:input_type -> vmm.v1.ConsoleRequest
-	26, // 19: vmm.v1.MachineService.ConsoleInput:input_type -> vmm.v1.ConsoleInputRequest
-	28, // 20: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
-	1,  // 21: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
-	3,  // 22: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
-	5,  // 23: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
-	7,  // 24: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
-	9,  // 25: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
-	11, // 26: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
-	17, // 27: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
-	23, // 28: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
-	25, // 29: vmm.v1.MachineService.Console:output_type -> vmm.v1.ConsoleResponse
-	27, // 30: vmm.v1.MachineService.ConsoleInput:output_type -> vmm.v1.ConsoleInputResponse
-	29, // 31: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
-	21, // [21:32] is the sub-list for method output_type
-	10, // [10:21] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	16, // 0: vmm.v1.StatusResponse.luns:type_name -> vmm.v1.Lun
+	16, // 1: vmm.v1.LunsResponse.luns:type_name -> vmm.v1.Lun
+	16, // 2: vmm.v1.AttachLunResponse.lun:type_name -> vmm.v1.Lun
+	17, // 3: vmm.v1.Lun.reservations:type_name -> vmm.v1.Reservations
+	18, // 4: vmm.v1.Reservations.registrants:type_name -> vmm.v1.Registrant
+	19, // 5: vmm.v1.Reservations.guest:type_name -> vmm.v1.GuestReservation
+	22, // 6: vmm.v1.MigrateResponse.progress:type_name -> vmm.v1.MigrationProgress
+	23, // 7: vmm.v1.MigrateResponse.summary:type_name -> vmm.v1.MigrationSummary
+	25, // 8: vmm.v1.MigrationSummary.downtime:type_name -> vmm.v1.MigrationDowntime
+	24, // 9: vmm.v1.MigrationSummary.luns:type_name -> vmm.v1.MigratedLun
+	24, // 10: vmm.v1.MigrationSummary.left:type_name -> vmm.v1.MigratedLun
+	0,  // 11: vmm.v1.MachineService.Status:input_type -> vmm.v1.StatusRequest
+	2,  // 12: vmm.v1.MachineService.Version:input_type -> vmm.v1.VersionRequest
+	4,  // 13: vmm.v1.MachineService.Pause:input_type -> vmm.v1.PauseRequest
+	6,  // 14: vmm.v1.MachineService.Resume:input_type -> vmm.v1.ResumeRequest
+	8,  // 15: vmm.v1.MachineService.Stop:input_type -> vmm.v1.StopRequest
+	10, // 16: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
+	12, // 17: vmm.v1.MachineService.AttachLun:input_type -> vmm.v1.AttachLunRequest
+	14, // 18: vmm.v1.MachineService.DetachLun:input_type -> vmm.v1.DetachLunRequest
+	20, // 19: vmm.v1.MachineService.Migrate:input_type -> vmm.v1.MigrateRequest
+	26, // 20: vmm.v1.MachineService.CancelMigration:input_type -> vmm.v1.CancelMigrationRequest
+	28, // 21: vmm.v1.MachineService.Console:input_type -> vmm.v1.ConsoleRequest
+	30, // 22: vmm.v1.MachineService.ConsoleInput:input_type -> vmm.v1.ConsoleInputRequest
+	32, // 23: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
+	1,  // 24: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
+	3,  // 25: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
+	5,  // 26: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
+	7,  // 27: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
+	9,  // 28: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
+	11, // 29: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
+	13, // 30: vmm.v1.MachineService.AttachLun:output_type -> vmm.v1.AttachLunResponse
+	15, // 31: vmm.v1.MachineService.DetachLun:output_type -> vmm.v1.DetachLunResponse
+	21, // 32: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
+	27, // 33: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
+	29, // 34: vmm.v1.MachineService.Console:output_type -> vmm.v1.ConsoleResponse
+	31, // 35: vmm.v1.MachineService.ConsoleInput:output_type -> vmm.v1.ConsoleInputResponse
+	33, // 36: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
+	24, // [24:37] is the sub-list for method output_type
+	11, // [11:24] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_vmm_v1_machine_proto_init() }
@@ -2231,18 +2517,20 @@ func file_vmm_v1_machine_proto_init() {
 		return
 	}
 	file_vmm_v1_machine_proto_msgTypes[8].OneofWrappers = []any{}
-	file_vmm_v1_machine_proto_msgTypes[17].OneofWrappers = []any{
+	file_vmm_v1_machine_proto_msgTypes[12].OneofWrappers = []any{}
+	file_vmm_v1_machine_proto_msgTypes[14].OneofWrappers = []any{}
+	file_vmm_v1_machine_proto_msgTypes[21].OneofWrappers = []any{
 		(*MigrateResponse_Progress)(nil),
 		(*MigrateResponse_Summary)(nil),
 	}
-	file_vmm_v1_machine_proto_msgTypes[24].OneofWrappers = []any{}
+	file_vmm_v1_machine_proto_msgTypes[28].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmm_v1_machine_proto_rawDesc), len(file_vmm_v1_machine_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -52,6 +52,12 @@ const (
 	MachineServiceStopProcedure = "/vmm.v1.MachineService/Stop"
 	// MachineServiceLunsProcedure is the fully-qualified name of the MachineService's Luns RPC.
 	MachineServiceLunsProcedure = "/vmm.v1.MachineService/Luns"
+	// MachineServiceAttachLunProcedure is the fully-qualified name of the MachineService's AttachLun
+	// RPC.
+	MachineServiceAttachLunProcedure = "/vmm.v1.MachineService/AttachLun"
+	// MachineServiceDetachLunProcedure is the fully-qualified name of the MachineService's DetachLun
+	// RPC.
+	MachineServiceDetachLunProcedure = "/vmm.v1.MachineService/DetachLun"
 	// MachineServiceMigrateProcedure is the fully-qualified name of the MachineService's Migrate RPC.
 	MachineServiceMigrateProcedure = "/vmm.v1.MachineService/Migrate"
 	// MachineServiceCancelMigrationProcedure is the fully-qualified name of the MachineService's
@@ -85,6 +91,13 @@ type MachineServiceClient interface {
 	// Luns lists the logical units and, by asking the disks, their
 	// reservations. The guest loses no unit attention by it.
 	Luns(context.Context, *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error)
+	// AttachLun gives the guest one more logical unit while it is there. One that
+	// cannot be attached changes nothing.
+	AttachLun(context.Context, *connect.Request[v1.AttachLunRequest]) (*connect.Response[v1.AttachLunResponse], error)
+	// DetachLun takes a logical unit away from the guest: first commands in flight
+	// come back while new ones are put off, then the disk is asked whether the
+	// guest has left a reservation or registration on it, which refuses.
+	DetachLun(context.Context, *connect.Request[v1.DetachLunRequest]) (*connect.Response[v1.DetachLunResponse], error)
 	// Migrate moves the guest to a host that waits for it (vmm receive), and
 	// tells how far that is; the last answer is the summary, and then the machine
 	// ends. A client that leaves does not end the migration: CancelMigration
@@ -157,6 +170,18 @@ func NewMachineServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(machineServiceMethods.ByName("Luns")),
 			connect.WithClientOptions(opts...),
 		),
+		attachLun: connect.NewClient[v1.AttachLunRequest, v1.AttachLunResponse](
+			httpClient,
+			baseURL+MachineServiceAttachLunProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("AttachLun")),
+			connect.WithClientOptions(opts...),
+		),
+		detachLun: connect.NewClient[v1.DetachLunRequest, v1.DetachLunResponse](
+			httpClient,
+			baseURL+MachineServiceDetachLunProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("DetachLun")),
+			connect.WithClientOptions(opts...),
+		),
 		migrate: connect.NewClient[v1.MigrateRequest, v1.MigrateResponse](
 			httpClient,
 			baseURL+MachineServiceMigrateProcedure,
@@ -198,6 +223,8 @@ type machineServiceClient struct {
 	resume          *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
 	stop            *connect.Client[v1.StopRequest, v1.StopResponse]
 	luns            *connect.Client[v1.LunsRequest, v1.LunsResponse]
+	attachLun       *connect.Client[v1.AttachLunRequest, v1.AttachLunResponse]
+	detachLun       *connect.Client[v1.DetachLunRequest, v1.DetachLunResponse]
 	migrate         *connect.Client[v1.MigrateRequest, v1.MigrateResponse]
 	cancelMigration *connect.Client[v1.CancelMigrationRequest, v1.CancelMigrationResponse]
 	console         *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
@@ -233,6 +260,16 @@ func (c *machineServiceClient) Stop(ctx context.Context, req *connect.Request[v1
 // Luns calls vmm.v1.MachineService.Luns.
 func (c *machineServiceClient) Luns(ctx context.Context, req *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error) {
 	return c.luns.CallUnary(ctx, req)
+}
+
+// AttachLun calls vmm.v1.MachineService.AttachLun.
+func (c *machineServiceClient) AttachLun(ctx context.Context, req *connect.Request[v1.AttachLunRequest]) (*connect.Response[v1.AttachLunResponse], error) {
+	return c.attachLun.CallUnary(ctx, req)
+}
+
+// DetachLun calls vmm.v1.MachineService.DetachLun.
+func (c *machineServiceClient) DetachLun(ctx context.Context, req *connect.Request[v1.DetachLunRequest]) (*connect.Response[v1.DetachLunResponse], error) {
+	return c.detachLun.CallUnary(ctx, req)
 }
 
 // Migrate calls vmm.v1.MachineService.Migrate.
@@ -279,6 +316,13 @@ type MachineServiceHandler interface {
 	// Luns lists the logical units and, by asking the disks, their
 	// reservations. The guest loses no unit attention by it.
 	Luns(context.Context, *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error)
+	// AttachLun gives the guest one more logical unit while it is there. One that
+	// cannot be attached changes nothing.
+	AttachLun(context.Context, *connect.Request[v1.AttachLunRequest]) (*connect.Response[v1.AttachLunResponse], error)
+	// DetachLun takes a logical unit away from the guest: first commands in flight
+	// come back while new ones are put off, then the disk is asked whether the
+	// guest has left a reservation or registration on it, which refuses.
+	DetachLun(context.Context, *connect.Request[v1.DetachLunRequest]) (*connect.Response[v1.DetachLunResponse], error)
 	// Migrate moves the guest to a host that waits for it (vmm receive), and
 	// tells how far that is; the last answer is the summary, and then the machine
 	// ends. A client that leaves does not end the migration: CancelMigration
@@ -347,6 +391,18 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 		connect.WithSchema(machineServiceMethods.ByName("Luns")),
 		connect.WithHandlerOptions(opts...),
 	)
+	machineServiceAttachLunHandler := connect.NewUnaryHandler(
+		MachineServiceAttachLunProcedure,
+		svc.AttachLun,
+		connect.WithSchema(machineServiceMethods.ByName("AttachLun")),
+		connect.WithHandlerOptions(opts...),
+	)
+	machineServiceDetachLunHandler := connect.NewUnaryHandler(
+		MachineServiceDetachLunProcedure,
+		svc.DetachLun,
+		connect.WithSchema(machineServiceMethods.ByName("DetachLun")),
+		connect.WithHandlerOptions(opts...),
+	)
 	machineServiceMigrateHandler := connect.NewServerStreamHandler(
 		MachineServiceMigrateProcedure,
 		svc.Migrate,
@@ -391,6 +447,10 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 			machineServiceStopHandler.ServeHTTP(w, r)
 		case MachineServiceLunsProcedure:
 			machineServiceLunsHandler.ServeHTTP(w, r)
+		case MachineServiceAttachLunProcedure:
+			machineServiceAttachLunHandler.ServeHTTP(w, r)
+		case MachineServiceDetachLunProcedure:
+			machineServiceDetachLunHandler.ServeHTTP(w, r)
 		case MachineServiceMigrateProcedure:
 			machineServiceMigrateHandler.ServeHTTP(w, r)
 		case MachineServiceCancelMigrationProcedure:
@@ -432,6 +492,14 @@ func (UnimplementedMachineServiceHandler) Stop(context.Context, *connect.Request
 
 func (UnimplementedMachineServiceHandler) Luns(context.Context, *connect.Request[v1.LunsRequest]) (*connect.Response[v1.LunsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.Luns is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) AttachLun(context.Context, *connect.Request[v1.AttachLunRequest]) (*connect.Response[v1.AttachLunResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.AttachLun is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) DetachLun(context.Context, *connect.Request[v1.DetachLunRequest]) (*connect.Response[v1.DetachLunResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.DetachLun is not implemented"))
 }
 
 func (UnimplementedMachineServiceHandler) Migrate(context.Context, *connect.Request[v1.MigrateRequest], *connect.ServerStream[v1.MigrateResponse]) error {
