@@ -8,7 +8,7 @@ SHELL := /bin/bash -o pipefail
 # What each job needs of the machine, as PACKAGE:PROOF.
 BUILD_NEEDS := ca-certificates:/etc/ssl/certs/ca-certificates.crt git:git
 LAB_NEEDS   := qemu-system-x86:qemu-system-x86_64 busybox-static:busybox kmod:depmod xz-utils:xz sg3-utils:sg_persist
-TEST_NEEDS  := gcc:gcc libc6-dev:/usr/include/stdio.h linux-libc-dev:/usr/include/linux/kvm.h acpica-tools:iasl protobuf-compiler:protoc
+TEST_NEEDS  := gcc:gcc libc6-dev:/usr/include/stdio.h linux-libc-dev:/usr/include/linux/kvm.h acpica-tools:iasl protobuf-compiler:protoc mandoc:mandoc
 
 # setup is the directory of a Go that is new enough, everything else installed.
 define setup
@@ -18,7 +18,7 @@ endef
 export CGO_ENABLED := 0
 export VMM_BUILD := $(CURDIR)/.build
 
-.PHONY: help build demo test check unit lab e2e bench fuzz soak generate clean
+.PHONY: help build man demo test check unit lab e2e bench fuzz soak generate clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,10 @@ build: ## the vmm command, in .build/vmm
 	$(call setup,$(BUILD_NEEDS))
 	@mkdir -p .build
 	go build -trimpath -o .build/vmm ./cmd/vmm
+
+man: build ## the manual pages, in .build/man
+	@.build/vmm man .build/man/man1
+	@echo "man -M $(CURDIR)/.build/man vmm"
 
 demo: ## boot a stock guest on a real LUN, reserve it, migrate both
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS))

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -33,33 +32,6 @@ func oneGuest(c *cobra.Command, args []string) error {
 		return usageError{fmt.Errorf("%s wants the name of one guest; vmm ls lists them", c.Name())}
 	}
 	return validName(args[0])
-}
-
-// completeGuest offers the names of the guests that run.
-func completeGuest(_ *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 0 {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	return runningNames(typed), cobra.ShellCompDirectiveNoFileComp
-}
-
-// runningNames are the guests that run and whose names begin with prefix.
-func runningNames(prefix string) []string {
-	dir, err := control.DefaultRunDir()
-	if err != nil {
-		return nil
-	}
-	running, err := dir.List()
-	if err != nil {
-		return nil
-	}
-	var names []string
-	for _, r := range running {
-		if strings.HasPrefix(r.Name, prefix) {
-			names = append(names, r.Name)
-		}
-	}
-	return names
 }
 
 // dial reaches a guest that runs.

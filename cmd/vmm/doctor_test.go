@@ -26,19 +26,7 @@ func TestDoctorReport(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		path := filepath.Join("testdata", file)
-		if os.Getenv("VMM_UPDATE") == "1" {
-			if err := os.WriteFile(path, out.Bytes(), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := out.String(); got != string(want) {
-			t.Errorf("%s has:\n%s\nthe report:\n%s", path, want, got)
-		}
+		compareGolden(t, file, out.Bytes())
 	}
 }
 

@@ -131,7 +131,7 @@ func register(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 // What differs from run to run, in JSON that is compared.
-var varying = regexp.MustCompile(`"(pid|uptime_seconds|started|version)": ("[^"]*"|[0-9.e+]+)`)
+var varying = regexp.MustCompile(`"(pid|uptime_seconds|started|version|go)": ("[^"]*"|[0-9.e+]+)`)
 
 // cmpJSON is "cmpjson FILE": standard output is the JSON in testdata/FILE, but
 // for what varies. VMM_UPDATE=1 in the environment of go test writes it.

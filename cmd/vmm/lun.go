@@ -23,6 +23,9 @@ func newLunCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "lun",
 		Short: "List the LUNs of a running guest, attach and detach them",
+		Long: `Says which LUNs a running guest has, gives it one more, or takes one away: the guest's
+driver is told, as when a disk is plugged in or pulled.`,
+		Example: "  vmm lun list web1\n  vmm lun attach web1 id=data2,path=/dev/sg3",
 		Args: func(_ *cobra.Command, args []string) error {
 			return usageError{errors.New("lun wants to know what to do, as in: vmm lun list web1")}
 		},
@@ -120,7 +123,12 @@ LUN that cannot be attached changes nothing. A guest that migrates takes it alon
 			}
 			return validName(args[0])
 		},
-		ValidArgsFunction: completeGuest,
+		ValidArgsFunction: func(c *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return completeLUN(c, args, typed)
+			}
+			return completeGuest(c, args, typed)
+		},
 		RunE: func(c *cobra.Command, args []string) error {
 			l, err := machine.ParseLUN(args[1])
 			if err != nil {

@@ -36,21 +36,31 @@ func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e))
 // errSilent is the commonest of them.
 var errSilent error = exitError(exitFailed)
 
+// newRoot is the tree of commands.
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "vmm",
+		Short: "A KVM virtual-machine monitor with real SCSI LUNs",
+		Long: `vmm boots stock Linux guests under KVM, gives them real SCSI logical units through
+virtio-scsi, and moves running guests to another host together with their SCSI
+reservations.`,
+		Example: `  vmm run web1 --kernel vmlinuz --initrd initrd.img --lun path=/dev/sg2
+  vmm ls
+  vmm stop web1`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newLunCommand(), newPRCommand(),
+		newDoctorCommand(), newManCommand(), newVersionCommand())
+	completeFlags(root)
+	return root
+}
+
 // run is the whole program but for the process: it returns the exit status.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	parsed := false // from here on an error is none of usage, unless it says so
-	root := &cobra.Command{
-		Use:           "vmm",
-		Short:         "A KVM virtual-machine monitor with real SCSI LUNs",
-		Long:          "vmm boots stock Linux guests under KVM and gives them real SCSI logical units through virtio-scsi.",
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		PersistentPreRun: func(*cobra.Command, []string) {
-			parsed = true
-		},
-	}
-	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newLunCommand(), newPRCommand(),
-		newDoctorCommand(), newVersionCommand())
+	root := newRoot()
+	root.PersistentPreRun = func(*cobra.Command, []string) { parsed = true }
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)

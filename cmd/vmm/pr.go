@@ -28,6 +28,9 @@ func newPRCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "pr",
 		Short: "Look at, and repair, persistent reservations",
+		Long: `Shows who is registered with a disk and who holds its reservation, removes what a
+guest has left behind, and settles what a crash has left of a migration.`,
+		Example: "  vmm pr show web1\n  vmm pr recover",
 		Args: func(_ *cobra.Command, args []string) error {
 			return usageError{errors.New("pr wants to know what to do, as in: vmm pr show /dev/sg2")}
 		},

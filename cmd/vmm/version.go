@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"runtime"
 
@@ -16,11 +15,12 @@ func newVersionCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "version",
 		Short:   "Print the version",
+		Long:    "Prints the version of this program and that of Go that it was built with.",
 		Args:    cobra.NoArgs,
 		Example: "  vmm version\n  vmm version -o json",
 		RunE: func(c *cobra.Command, _ []string) error {
 			if format.json() {
-				return json.NewEncoder(c.OutOrStdout()).Encode(struct {
+				return printJSON(c.OutOrStdout(), struct {
 					Version string `json:"version"`
 					Go      string `json:"go"`
 				}{version, runtime.Version()})
