@@ -1,0 +1,312 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	vmmv1 "vmm/proto/vmm/v1"
+	"vmm/scsi/pr"
+)
+
+// ReceiveOptions of a destination.
+type ReceiveOptions struct {
+	// StateDir is the directory of this host's journal; it is made.
+	StateDir  string
+	Deadlines Deadlines
+	// Progress, if not nil, is told what the source says of its progress.
+	Progress func(Progress)
+	// Warn is told why a migration that began came to nothing.
+	Warn func(error)
+	// Survey, if not nil, describes this host to whoever asks before any
+	// migration. It is called once at a time, also while a guest arrives.
+	Survey func() *vmmv1.HostSurvey
+}
+
+// Arrival is a guest that runs here.
+type Arrival struct {
+	ID       ID
+	Machine  Destination
+	LUNs     []LUNOutcome
+	Answered <-chan struct{} // closed when no source needs an answer any more
+}
+
+// Receive waits on ln for a guest and returns when it runs here. Migrations
+// that come to nothing are told to Warn, and it goes on waiting. It owns ln:
+// after a return without an error it keeps answering the source until that
+// knows the result, or Deadlines.Answer has passed, or ctx ends, then closes
+// ln and Answered.
+//
+// An error is ctx's, ln's, the journal's, or ErrBlocked: a guest came, was
+// handed over, and cannot run here.
+func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOptions) (*Arrival, error) {
+	opts.Deadlines = opts.Deadlines.withDefaults()
+	j, err := openJournal(opts.StateDir)
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	luns, err := pr.OpenJournal(opts.StateDir)
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	r := &receiver{
+		host: host, opts: opts, verdicts: j, intents: luns,
+		control: make(chan *hello), data: make(chan dataConn), acked: make(chan ID, 1), failed: make(chan error, 1),
+	}
+	stop := func() {
+		cancel()
+		ln.Close()
+		r.wg.Wait()
+	}
+	r.wg.Go(func() { r.accept(ctx, ln) })
+	for {
+		select {
+		case <-ctx.Done():
+			stop()
+			return nil, context.Cause(ctx)
+		case err := <-r.failed:
+			stop()
+			return nil, err
+		case d := <-r.data: // of a migration that is over
+			d.conn.Close()
+		case <-r.acked:
+		case h := <-r.control:
+			a := &arrival{r: r, id: h.id, state: listening}
+			arrived, err := a.run(ctx, h)
+			if err == nil {
+				answered := make(chan struct{})
+				arrived.Answered = answered
+				go func() {
+					defer close(answered)
+					a.linger(ctx)
+					stop()
+				}()
+				return arrived, nil
+			}
+			if errors.Is(err, ErrBlocked) {
+				stop()
+				return nil, err
+			}
+			if opts.Warn != nil {
+				opts.Warn(fmt.Errorf("migration %v: %w", h.id, err))
+			}
+		}
+	}
+}
+
+// receiver greets everybody who connects.
+type receiver struct {
+	host     Host
+	opts     ReceiveOptions
+	verdicts *journal
+	intents  *pr.Journal
+	wg       sync.WaitGroup
+
+	control chan *hello
+	data    chan dataConn
+	acked   chan ID    // a source knows the result
+	failed  chan error // the listener's
+
+	mu      sync.Mutex
+	current ID     // of the migration under way; zero: none
+	doubt   string // what a question about it is answered
+
+	surveying sync.Mutex // held while the host is looked at
+}
+
+// hello is a control connection with its first message.
+type hello struct {
+	conn net.Conn
+	id   ID
+	m    *vmmv1.StreamMessage
+}
+
+type dataConn struct {
+	conn net.Conn
+	preamble
+}
+
+// maxGreeted bounds the connections that have not said what they are for.
+const maxGreeted = 2 * MaxChannels
+
+func (r *receiver) accept(ctx context.Context, ln net.Listener) {
+	greeted := make(chan struct{}, maxGreeted)
+	for {
+		conn, err := ln.Accept()
+		if err != nil {
+			if ctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
+				r.failed <- fmt.Errorf("accept a connection: %w", err)
+			}
+			return
+		}
+		select {
+		case greeted <- struct{}{}:
+		default:
+			conn.Close()
+			continue
+		}
+		r.wg.Go(func() {
+			defer func() { <-greeted }()
+			r.greet(ctx, conn)
+		})
+	}
+}
+
+// greet reads what a connection is for and hands it on. Whoever connects has
+// shown nothing yet: what it sends is bounded in size and time.
+func (r *receiver) greet(ctx context.Context, conn net.Conn) {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	handed := false
+	defer func() {
+		stop()
+		if !handed {
+			conn.Close()
+		}
+	}()
+	if err := conn.SetDeadline(time.Now().Add(r.opts.Deadlines.Connect)); err != nil {
+		return
+	}
+	p, err := readPreamble(conn)
+	if err != nil {
+		return
+	}
+	switch p.role {
+	case roleData:
+		if !r.underWay(p.id) || conn.SetDeadline(time.Time{}) != nil {
+			return
+		}
+		select {
+		case r.data <- dataConn{conn, p}:
+			handed = true
+		case <-ctx.Done():
+		}
+	case roleControl:
+		m, err := readMessage(conn, maxHello)
+		if err != nil || kindOf(m) != kindHello || ID(padded(m.Id)) != p.id || p.id == (ID{}) {
+			return
+		}
+		// What was said about a migration once stays true.
+		if v, _, err := r.verdicts.verdict(p.id); err != nil || v != verdictNone {
+			r.refuse(conn, p.id, fmt.Sprintf("migration %v was decided here before", p.id))
+			return
+		}
+		if !r.begin(p.id) {
+			r.refuse(conn, p.id, "this destination is busy with another migration")
+			return
+		}
+		if conn.SetDeadline(time.Time{}) != nil {
+			r.end()
+			return
+		}
+		select {
+		case r.control <- &hello{conn, p.id, m}:
+			handed = true
+		case <-ctx.Done():
+		}
+	case roleQuery:
+		r.answer(ctx, conn, p.id)
+	case roleSurvey:
+		r.describe(conn)
+	}
+}
+
+func (r *receiver) begin(id ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.current != (ID{}) {
+		return false
+	}
+	r.current, r.doubt = id, "the destination has not decided yet"
+	return true
+}
+
+func (r *receiver) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.current = ID{}
+}
+
+func (r *receiver) underWay(id ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.current == id && id != (ID{})
+}
+
+func (r *receiver) refuse(conn net.Conn, id ID, why string) {
+	b, err := appendMessage(nil, &vmmv1.StreamMessage{Id: id[:], Body: &vmmv1.StreamMessage_Refused{Refused: &vmmv1.Refused{Reason: why}}})
+	if err == nil {
+		_, _ = conn.Write(b)
+	}
+}
+
+// answer tells a source what became of its migration.
+func (r *receiver) answer(ctx context.Context, conn net.Conn, id ID) {
+	if conn.SetDeadline(time.Time{}) != nil {
+		return
+	}
+	l := newLink(conn, id, r.opts.Deadlines.Ask)
+	defer l.close()
+	late := time.NewTimer(r.opts.Deadlines.Connect)
+	defer late.Stop()
+	for {
+		select {
+		case m := <-l.in:
+			switch kindOf(m) {
+			case kindQuery:
+				if l.send(r.result(id)) != nil {
+					return
+				}
+			case kindAcknowledge:
+				if r.verdicts.forget(id) == nil {
+					select {
+					case r.acked <- id:
+					case <-ctx.Done():
+					case <-late.C:
+					}
+				}
+				return
+			default:
+				return
+			}
+		case <-l.lost:
+			return
+		case <-late.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// result is the answer to a question about id.
+func (r *receiver) result(id ID) *vmmv1.StreamMessage {
+	v, why, err := r.verdicts.verdict(id)
+	switch {
+	case err != nil:
+		return undecided(err.Error())
+	case v == verdictRunning:
+		return &vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Running{Running: &vmmv1.Running{}}}
+	case v == verdictAborted:
+		return abortedBecause(why)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.current == id {
+		return undecided(r.doubt)
+	}
+	return undecided("the destination's host knows nothing of this migration; its process may have died with it")
+}
+
+func undecided(why string) *vmmv1.StreamMessage {
+	return &vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Undecided{Undecided: &vmmv1.Undecided{Reason: why}}}
+}
+
+func abortedBecause(why string) *vmmv1.StreamMessage {
+	return &vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Aborted{Aborted: &vmmv1.Aborted{Reason: why}}}
+}
