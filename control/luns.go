@@ -120,7 +120,7 @@ func (m *migrations) plug() error {
 	case m.blocked != nil:
 		err = m.blocked
 	case m.current != nil:
-		err = fmt.Errorf("the guest is migrating to %s: its LUNs cannot change meanwhile", m.current.to)
+		err = fmt.Errorf("the guest is %s: its LUNs cannot change meanwhile", m.current.doing)
 	default:
 		m.plugging++
 		return nil

@@ -80,7 +80,7 @@ func TestLunsAndMigrationExcludeEachOther(t *testing.T) {
 		done <- err
 	}()
 	<-m.begun
-	o := &outgoing{to: "host2:4444", ended: make(chan struct{})}
+	o := &outgoing{doing: "migrating to host2:4444", ended: make(chan struct{})}
 	if err := s.migration.begin(o); !errors.Is(err, errPlugging) {
 		t.Errorf("begin() while a LUN is detached = %v; want %v", err, errPlugging)
 	}

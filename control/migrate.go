@@ -14,8 +14,8 @@ import (
 	"vmm/scsi/pr"
 )
 
-// migrations is what a machine's process knows of migrations away from it: one
-// at a time. A guest that was handed over, or must not run here, stays stopped
+// migrations is what a machine's process knows of migrations away from it, to
+// a host or into a file: one at a time. A guest that was handed over, or must not run here, stays stopped
 // whoever asks; so everybody who would let it run asks here first.
 type migrations struct {
 	mu      sync.Mutex
@@ -27,14 +27,16 @@ type migrations struct {
 
 // outgoing is a migration under way. migrations.mu guards the first three.
 type outgoing struct {
-	run    *migration.Outgoing // nil while the disks are asked before it
+	run    *migration.Outgoing // nil while the disks are asked before it, and of a save
 	giveUp func()
 	handed string // why nobody knows whether the guest runs at the other host
 
-	to    string
-	ended chan struct{} // closed when summary and err are final
+	to    string        // an address
+	doing string        // what is done to the guest
+	ended chan struct{} // closed when the rest is final
 
 	summary migration.Summary
+	saved   migration.Saved
 	err     error
 }
 
@@ -50,7 +52,7 @@ func (m *migrations) standing() string {
 	case m.current.handed != "":
 		return fmt.Sprintf("handed over to %s, which has not said that it runs the guest: %s", m.current.to, m.current.handed)
 	}
-	return "migrating to " + m.current.to
+	return m.current.doing
 }
 
 // inTheWay is an error while there is a migration.
@@ -76,7 +78,7 @@ func (m *migrations) force(dead bool) (forced bool, err error) {
 	case o == nil:
 		return false, nil
 	case handed == "":
-		err = errors.New("the guest is migrating to " + o.to + ": vmm migrate --cancel gives that up")
+		err = errors.New("the guest is " + o.doing + ": vmm migrate --cancel gives that up")
 	case !dead:
 		err = fmt.Errorf("the guest was handed over to %s and may run there: %s; if that host is dead, and stays dead: vmm resume --force", o.to, handed)
 	default:
@@ -88,25 +90,41 @@ func (m *migrations) force(dead bool) (forced bool, err error) {
 }
 
 func (s *service) Migrate(ctx context.Context, r *connect.Request[vmmv1.MigrateRequest], out *connect.ServerStream[vmmv1.MigrateResponse]) error {
-	steps := make(chan migration.Progress, 1)
-	o, err := s.depart(ctx, r.Msg, func(p migration.Progress) {
-		// The latest is enough for whoever is slow.
-		select {
-		case <-steps:
-		default:
-		}
-		steps <- p
+	steps := make(latest[migration.Progress], 1)
+	o, err := s.depart(ctx, r.Msg, steps.put)
+	if err != nil {
+		return err
+	}
+	err = steps.follow(ctx, o, func(p migration.Progress) error {
+		return out.Send(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Progress{Progress: progressMessage(p)}})
 	})
 	if err != nil {
 		return err
 	}
+	return out.Send(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Summary{Summary: summaryMessage(o.summary)}})
+}
+
+// latest passes steps on, of which the latest is enough for whoever is slow.
+// Its capacity is one.
+type latest[P any] chan P
+
+func (l latest[P]) put(p P) {
+	select {
+	case <-l:
+	default:
+	}
+	l <- p
+}
+
+// follow has every step sent until o has ended, and says how.
+func (l latest[P]) follow(ctx context.Context, o *outgoing, send func(P) error) error {
 	// Whoever connects must not wait for the first step to learn that it began.
-	for p := (migration.Progress{}); ; {
-		if err := out.Send(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Progress{Progress: progressMessage(p)}}); err != nil {
-			return err // the client has left; the migration goes on
+	for p := *new(P); ; {
+		if err := send(p); err != nil {
+			return err // the client has left; it goes on
 		}
 		select {
-		case p = <-steps:
+		case p = <-l:
 			continue
 		case <-ctx.Done():
 			return failed(context.Cause(ctx))
@@ -117,7 +135,7 @@ func (s *service) Migrate(ctx context.Context, r *connect.Request[vmmv1.MigrateR
 	if o.err != nil {
 		return connect.NewError(connect.CodeAborted, o.err)
 	}
-	return out.Send(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Summary{Summary: summaryMessage(o.summary)}})
+	return nil
 }
 
 // depart begins a migration.
@@ -128,7 +146,7 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	o := &outgoing{giveUp: cancel, to: r.Address, ended: make(chan struct{})}
+	o := &outgoing{giveUp: cancel, to: r.Address, doing: "migrating to " + r.Address, ended: make(chan struct{})}
 	if err := s.migration.begin(o); err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
@@ -156,8 +174,14 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 	if ctx.Err() != nil { // given up just before
 		run.Cancel()
 	}
-	// The migration outlives its client, and ends with the machine.
-	life, end := context.WithCancel(context.Background())
+	s.outlive(context.Background(), o, func(life context.Context) { o.summary, o.err = run.Run(life) })
+	return o, nil
+}
+
+// outlive does what moves the guest: it outlives its client, and ends with the
+// machine, as the machine does with its success.
+func (s *service) outlive(ctx context.Context, o *outgoing, do func(context.Context)) {
+	life, end := context.WithCancel(ctx)
 	go func() {
 		select {
 		case <-s.machine.Ended():
@@ -167,13 +191,12 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 	}()
 	go func() {
 		defer end()
-		o.summary, o.err = run.Run(life)
+		do(life)
 		s.migration.end(o)
 		if o.err == nil {
 			_ = s.machine.Stop() // it may have ended by itself
 		}
 	}()
-	return o, nil
 }
 
 // begin makes o the migration under way.
@@ -235,7 +258,7 @@ func (s *service) CancelMigration(context.Context, *connect.Request[vmmv1.Cancel
 	defer s.migration.mu.Unlock()
 	o := s.migration.current
 	if o == nil {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("the guest is not migrating"))
+		return nil, connect.NewError(connect.CodeFailedPrecondition, errors.New("the guest is neither migrating nor being saved"))
 	}
 	o.giveUp()
 	return connect.NewResponse(&vmmv1.CancelMigrationResponse{}), nil
@@ -249,20 +272,22 @@ func progressMessage(p migration.Progress) *vmmv1.MigrationProgress {
 }
 
 func summaryMessage(s migration.Summary) *vmmv1.MigrationSummary {
-	us := func(d time.Duration) uint64 { return uint64(max(d, 0).Microseconds()) }
-	luns := func(list []migration.LUNOutcome) (out []*vmmv1.MigratedLun) {
-		for _, l := range list {
-			out = append(out, &vmmv1.MigratedLun{Id: l.ID, Sentence: l.Sentence, TakeoverUs: us(l.Takeover)})
-		}
-		return out
-	}
 	d := s.Downtime
 	return &vmmv1.MigrationSummary{
-		Id: s.ID.String(), Rounds: uint32(s.Rounds), SentBytes: s.Sent, TotalUs: us(s.Total),
+		Id: s.ID.String(), Rounds: uint32(s.Rounds), SentBytes: s.Sent, TotalUs: micros(s.Total),
 		Downtime: &vmmv1.MigrationDowntime{
-			TotalUs: us(d.Total), StopUs: us(d.Stop), SaveUs: us(d.Save), PagesUs: us(d.Pages),
-			LoadUs: us(d.Load), TakeoverUs: us(d.Takeover), StartUs: us(d.Start),
+			TotalUs: micros(d.Total), StopUs: micros(d.Stop), SaveUs: micros(d.Save), PagesUs: micros(d.Pages),
+			LoadUs: micros(d.Load), TakeoverUs: micros(d.Takeover), StartUs: micros(d.Start),
 		},
-		Luns: luns(s.LUNs), Left: luns(s.Left),
+		Luns: lunMessages(s.LUNs), Left: lunMessages(s.Left),
 	}
+}
+
+func micros(d time.Duration) uint64 { return uint64(max(d, 0).Microseconds()) }
+
+func lunMessages(list []migration.LUNOutcome) (out []*vmmv1.MigratedLun) {
+	for _, l := range list {
+		out = append(out, &vmmv1.MigratedLun{Id: l.ID, Sentence: l.Sentence, TakeoverUs: micros(l.Takeover)})
+	}
+	return out
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -40,7 +41,7 @@ const (
 // its LUNs' reservations are, and what a reset of it loads.
 func (m *Machine) Depart(ctx context.Context) (*Departure, error) {
 	if s := m.State(); s != StateRunning {
-		return nil, fmt.Errorf("the guest is %s: only a running one can migrate", s)
+		return nil, fmt.Errorf("the guest is %s: only a running one can migrate or be saved", s)
 	}
 	d := &Departure{Machine: m, units: m.units()}
 	if m.kernel.Data != nil { // else it did not come here with the guest
@@ -167,6 +168,12 @@ func (l *lun) scout(ctx context.Context, identify func(*migration.LUN, pr.Key) p
 		return nil, fmt.Errorf("its reservations could not be read: %w", err)
 	}
 	x.Preflight, l.persist = &p, p.Persist
+	if guest := l.tracked.state(); l.self == (pr.Nexus{}) && p.FullStatus && !guest.Doubt {
+		v := pr.View{FullStatus: true, Registrations: p.Status.Registrations}
+		if at := v.With(l.self, guest.Key); at >= 0 {
+			l.self = v.Registrations[at].Nexus
+		}
+	}
 	if identify != nil && p.FullStatus && l.self == (pr.Nexus{}) {
 		l.self, err = l.port.Identify(ctx, func(k pr.Key) pr.Ledger { return identify(x, k) })
 		if errors.Is(err, pr.ErrLeftover) {
@@ -207,8 +214,12 @@ func (c *Config) message(luns []*lun) *vmmv1.MachineConfig {
 	for _, unit := range luns {
 		l := &unit.cfg
 		_, passthrough := unit.backend.(*sg.LUN)
+		path := l.Path
+		if abs, err := filepath.Abs(path); err == nil {
+			path = abs // who opens it has another working directory
+		}
 		m.Luns = append(m.Luns, &vmmv1.LunConfig{
-			Id: l.ID, Path: l.Path, Target: uint32(l.Target), TimeoutMs: uint64(l.Timeout / time.Millisecond),
+			Id: l.ID, Path: path, Target: uint32(l.Target), TimeoutMs: uint64(l.Timeout / time.Millisecond),
 			Readonly: l.ReadOnly, AllowUnsafe: l.Unsafe, Initiator: l.Initiator, Passthrough: passthrough,
 		})
 	}
@@ -321,7 +332,7 @@ func (r *Reception) config(offer migration.Offer) (Config, error) {
 		c.Identity = identity[c.ID]
 		if l.GetPassthrough() {
 			c.Path = "" // looked for by its identity
-		} else {
+		} else if !offer.Saved {
 			c.Initiator = "" // the source's nexus is not ours
 		}
 		if l, given := mine[c.ID]; given {

@@ -95,7 +95,11 @@ func (a *arrival) offer(ctx context.Context, m *vmmv1.StreamMessage) error {
 	if err := a.receive(m); err != nil {
 		return err
 	}
-	found, err := a.prepare(ctx)
+	err := a.prepare(ctx, false)
+	var found []*vmmv1.HostLun
+	if err == nil {
+		found, err = a.sameLUNs()
+	}
 	if err != nil {
 		why := err.Error()
 		if a.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Refused{Refused: &vmmv1.Refused{Reason: why}}}) == nil {
@@ -115,27 +119,28 @@ const (
 	maxAttachments = 16
 )
 
-// prepare weighs the offer: everything that can be refused is refused here.
-func (a *arrival) prepare(ctx context.Context) ([]*vmmv1.HostLun, error) {
+// prepare weighs the offer, LUNs apart, and makes the machine: everything that
+// can be refused is refused here. saved says that it comes from a snapshot.
+func (a *arrival) prepare(ctx context.Context, saved bool) error {
 	h := a.hello
 	if h.Version != version {
-		return nil, fmt.Errorf("the source speaks version %d of the stream, this destination version %d", h.Version, version)
+		return fmt.Errorf("the source speaks version %d of the stream, this destination version %d", h.Version, version)
 	}
 	for _, f := range h.Features {
 		if !features[f] {
-			return nil, fmt.Errorf("the source needs the feature %q, which this destination does not know; use the same version of vmm on both hosts", f)
+			return fmt.Errorf("the source needs the feature %q, which this destination does not know; use the same version of vmm on both hosts", f)
 		}
 	}
 	if h.Config == nil || h.Channels < 1 || h.Channels > MaxChannels || len(h.Luns) > maxLUNs || len(h.Attachments) > maxAttachments {
-		return nil, errProtocol("an offer with %d channels, %d LUNs, %d attachments", h.Channels, len(h.Luns), len(h.Attachments))
+		return errProtocol("an offer with %d channels, %d LUNs, %d attachments", h.Channels, len(h.Luns), len(h.Attachments))
 	}
-	offer := Offer{ID: a.id, Config: h.Config, Requirements: h.Requirements}
+	offer := Offer{ID: a.id, Config: h.Config, Requirements: h.Requirements, Saved: saved}
 	for _, l := range h.Luns {
 		offer.LUNs = append(offer.LUNs, OfferedLUN{l.GetId(), l.GetIdentity()})
 	}
 	for _, f := range h.Attachments {
 		if int64(f.GetSize()) < 0 || len(f.GetSha256()) != sha256.Size {
-			return nil, errProtocol("attachment %s of %d bytes with a digest of %d", f.GetName(), f.GetSize(), len(f.GetSha256()))
+			return errProtocol("attachment %s of %d bytes with a digest of %d", f.GetName(), f.GetSize(), len(f.GetSha256()))
 		}
 		digest := [sha256.Size]byte(f.GetSha256())
 		offer.Attachments = append(offer.Attachments, Attachment{Name: f.GetName(), Size: int64(f.GetSize()), SHA256: digest})
@@ -146,12 +151,18 @@ func (a *arrival) prepare(ctx context.Context) ([]*vmmv1.HostLun, error) {
 	var err error
 	if a.machine, err = a.r.host.Prepare(ctx, offer); err != nil {
 		a.machine = nil
-		return nil, err
+		return err
 	}
-	if err := a.sameMemory(); err != nil {
-		return nil, err
+	a.luns = a.machine.LUNs()
+	if len(a.luns) != len(h.Luns) {
+		return fmt.Errorf("the guest has %d LUNs, and %d of them are here", len(h.Luns), len(a.luns))
 	}
-	return a.sameLUNs()
+	for i, l := range a.luns {
+		if theirs := h.Luns[i]; l.Identity != theirs.GetIdentity() {
+			return fmt.Errorf("LUN %s is %s at the source and %s here", theirs.GetId(), theirs.GetIdentity(), l.Identity)
+		}
+	}
+	return a.sameMemory()
 }
 
 // sameMemory checks that both sides mean the same addresses, and makes the
@@ -175,17 +186,11 @@ func (a *arrival) sameMemory() error {
 	return nil
 }
 
+// sameLUNs finds out which nexuses the reservations move between.
 func (a *arrival) sameLUNs() ([]*vmmv1.HostLun, error) {
-	a.luns = a.machine.LUNs()
-	if len(a.luns) != len(a.hello.Luns) {
-		return nil, fmt.Errorf("the guest has %d LUNs, and %d of them are here", len(a.hello.Luns), len(a.luns))
-	}
 	var found []*vmmv1.HostLun
 	for i, l := range a.luns {
 		theirs := a.hello.Luns[i]
-		if l.Identity != theirs.GetIdentity() {
-			return nil, fmt.Errorf("LUN %s is %s at the source and %s here", theirs.GetId(), theirs.GetIdentity(), l.Identity)
-		}
 		ours := offerLUN(l)
 		ours.Key, ours.Spc2 = 0, false
 		pair, err := pairOf(theirs, ours)
@@ -311,7 +316,7 @@ func (a *arrival) take() {
 			continue
 		}
 		m := pr.NewDest(pair)
-		a.takeover.add(i, l, &m, func(key pr.Key) pr.Ledger {
+		a.takeover.add(i, l, &m, nil, func(key pr.Key) pr.Ledger {
 			own := *pair
 			own.Old, own.New = pair.New, pair.Old
 			return a.r.intents.For(entry(a.id, l, key, own))
@@ -629,13 +634,8 @@ func (a *arrival) receive(m *vmmv1.StreamMessage) error {
 	case *vmmv1.StreamMessage_Attachment:
 		return a.attach(b.Attachment)
 	case *vmmv1.StreamMessage_State:
-		for _, f := range a.files {
-			if f.left > 0 {
-				return errProtocol("attachment %s lacks %d bytes", f.name, f.left)
-			}
-			if got := [sha256.Size]byte(f.hash.Sum(nil)); got != f.want {
-				return fmt.Errorf("attachment %s has digest %x, and was offered with %x: did the file change on the source?", f.name, got, f.want)
-			}
+		if err := a.attached(); err != nil {
+			return err
 		}
 		if b.State.Machine == nil || b.State.LastRound == 0 || b.State.LastRound < a.round {
 			return errProtocol("round %d is to be the last after round %d", b.State.LastRound, a.round)
@@ -658,6 +658,19 @@ func (a *arrival) receive(m *vmmv1.StreamMessage) error {
 		})
 	case *vmmv1.StreamMessage_Abort:
 		return fmt.Errorf("the source gave up: %s", sentence(b.Abort.Reason))
+	}
+	return nil
+}
+
+// attached checks that the attachments are complete, and what was offered.
+func (a *arrival) attached() error {
+	for _, f := range a.files {
+		if f.left > 0 {
+			return errProtocol("attachment %s lacks %d bytes", f.name, f.left)
+		}
+		if got := [sha256.Size]byte(f.hash.Sum(nil)); got != f.want {
+			return fmt.Errorf("attachment %s has digest %x, and was offered with %x: did the file change on the source?", f.name, got, f.want)
+		}
 	}
 	return nil
 }

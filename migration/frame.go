@@ -21,7 +21,7 @@ import (
 //
 //	0..7   "vmmigr\r\n"    a line ending that a text protocol would mangle
 //	8      role           1 control, 2 data, 3 a question about the ID,
-//	                      4 a question about the host
+//	                      4 a question about the host, 5 none: a snapshot's file
 //	9      channel        of a data connection, from 0
 //	10..15 zero
 //	16..31 ID
@@ -43,10 +43,11 @@ const (
 type role uint8
 
 const (
-	roleControl role = 1
-	roleData    role = 2
-	roleQuery   role = 3
-	roleSurvey  role = 4
+	roleControl  role = 1
+	roleData     role = 2
+	roleQuery    role = 3
+	roleSurvey   role = 4
+	roleSnapshot role = 5
 )
 
 type preamble struct {

@@ -99,6 +99,8 @@ type Offer struct {
 	Config       *vmmv1.MachineConfig
 	Requirements *vmmv1.Requirements // may be nil: a peer has sent it
 	LUNs         []OfferedLUN
+	// Saved says that the guest comes from a snapshot: it runs nowhere else.
+	Saved bool
 	// Attachments have the sizes that the source claims.
 	Attachments []Attachment
 }
@@ -274,7 +276,12 @@ var (
 	ErrBlocked = errors.New("the guest is kept stopped")
 )
 
-// errProtocol is a message that its sender had no right to.
+// errProtocol is a message that its sender had no right to, or a snapshot that
+// nobody has written so.
 func errProtocol(format string, args ...any) error {
-	return fmt.Errorf("the other side breaks the protocol: "+format, args...)
+	return protocolError(fmt.Sprintf(format, args...))
 }
+
+type protocolError string
+
+func (e protocolError) Error() string { return "the other side breaks the protocol: " + string(e) }

@@ -46,9 +46,15 @@ type run struct {
 
 var zeroPage [memory.PageSize]byte
 
+// sink is what frames are written to: a data connection, or a snapshot.
+type sink interface {
+	io.WriteCloser
+	SetWriteDeadline(time.Time) error
+}
+
 // channel is the sending end of a data connection.
 type channel struct {
-	conn net.Conn
+	conn sink
 	idle time.Duration
 	head []byte   // header and table, reused
 	vec  [][]byte // what is written, reused

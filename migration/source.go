@@ -2,6 +2,7 @@ package migration
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -221,16 +222,7 @@ func (o *Outgoing) negotiate() error {
 		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	o.link = newLink(conn, o.id, o.opts.Deadlines.Idle)
-	hello := &vmmv1.Hello{Version: version, Config: o.src.Config(), Requirements: o.src.Requirements(), Channels: uint32(o.opts.Channels)}
-	for _, r := range o.src.RAM().Regions() {
-		hello.Regions = append(hello.Regions, &vmmv1.MemoryRegion{Address: uint64(r.GPA), Size: uint64(len(r.Bytes))})
-	}
-	for _, l := range o.src.LUNs() {
-		hello.Luns = append(hello.Luns, offerLUN(l))
-	}
-	for _, a := range o.src.Attachments() {
-		hello.Attachments = append(hello.Attachments, &vmmv1.Attachment{Name: a.Name, Size: uint64(a.Size), Sha256: a.SHA256[:]})
-	}
+	hello := offerOf(o.src, o.opts.Channels)
 	if err := o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}}); err != nil {
 		return err
 	}
@@ -252,6 +244,21 @@ func (o *Outgoing) negotiate() error {
 	return nil
 }
 
+// offerOf is what src has to offer over so many channels.
+func offerOf(src Source, channels int) *vmmv1.Hello {
+	hello := &vmmv1.Hello{Version: version, Config: src.Config(), Requirements: src.Requirements(), Channels: uint32(channels)}
+	for _, r := range src.RAM().Regions() {
+		hello.Regions = append(hello.Regions, &vmmv1.MemoryRegion{Address: uint64(r.GPA), Size: uint64(len(r.Bytes))})
+	}
+	for _, l := range src.LUNs() {
+		hello.Luns = append(hello.Luns, offerLUN(l))
+	}
+	for _, a := range src.Attachments() {
+		hello.Attachments = append(hello.Attachments, &vmmv1.Attachment{Name: a.Name, Size: uint64(a.Size), Sha256: a.SHA256[:]})
+	}
+	return hello
+}
+
 // pairs finds out whether the destination's LUNs are the source's.
 func (o *Outgoing) pairs(offered []*vmmv1.HostLun) error {
 	found := o.welcome.GetLuns()
@@ -271,8 +278,19 @@ func (o *Outgoing) pairs(offered []*vmmv1.HostLun) error {
 
 // attach sends the files that move with the guest.
 func (o *Outgoing) attach() error {
+	return sendAttachments(o.src.Attachments(), func(m *vmmv1.StreamMessage) error {
+		if err := o.send(m); err != nil {
+			return err
+		}
+		return o.poll()
+	})
+}
+
+// sendAttachments has files sent in pieces.
+func sendAttachments(files []Attachment, send func(*vmmv1.StreamMessage) error) error {
 	const chunk = 256 << 10
-	for i, a := range o.src.Attachments() {
+	for i, a := range files {
+		sum := sha256.New()
 		for at := int64(0); at < a.Size; at += chunk {
 			data := make([]byte, min(chunk, a.Size-at))
 			if n, err := a.Data.ReadAt(data, at); n < len(data) {
@@ -281,15 +299,16 @@ func (o *Outgoing) attach() error {
 				}
 				return fmt.Errorf("read %s: %w", a.Name, err)
 			}
-			err := o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Attachment{
+			sum.Write(data)
+			err := send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Attachment{
 				Attachment: &vmmv1.AttachmentChunk{Attachment: uint32(i), Data: data},
 			}})
 			if err != nil {
 				return err
 			}
-			if err := o.poll(); err != nil {
-				return err
-			}
+		}
+		if got := [sha256.Size]byte(sum.Sum(nil)); got != a.SHA256 {
+			return fmt.Errorf("%s has digest %x by now, and had %x: it has changed since the guest was given it", a.Name, got, a.SHA256)
 		}
 	}
 	return nil
@@ -432,7 +451,7 @@ func (o *Outgoing) take() {
 		}
 		m := pr.NewSource(pair, key)
 		link := o.link // lose makes o.link nil
-		o.takeover.add(i, l, &m, func(key pr.Key) pr.Ledger {
+		o.takeover.add(i, l, &m, nil, func(key pr.Key) pr.Ledger {
 			return o.opts.Journal.For(entry(o.id, l, key, *pair))
 		}, func(w *vmmv1.Reservation) error {
 			return link.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Reservation{Reservation: w}})

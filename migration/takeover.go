@@ -74,9 +74,10 @@ func (x *lunTakeover) Note(handed bool) error { return x.ledger(x.key).Note(hand
 func (x *lunTakeover) Erase() error           { return x.ledger(x.key).Erase() }
 
 // add starts a LUN's machine. ledger makes its journal entry, send puts a
-// message on the wire.
-func (t *takeover) add(index int, lun *LUN, m pr.Peer, ledger func(pr.Key) pr.Ledger, send func(*vmmv1.Reservation) error) {
-	x := &lunTakeover{index: index, lun: lun, ledger: ledger, inbox: make(chan func(), 2*maxInbox), ended: make(chan struct{}), told: map[pr.MsgKind]bool{}}
+// message on the wire, came is what is known by now of unit attentions that
+// the guest must get.
+func (t *takeover) add(index int, lun *LUN, m pr.Peer, came []scsi.Sense, ledger func(pr.Key) pr.Ledger, send func(*vmmv1.Reservation) error) {
+	x := &lunTakeover{index: index, lun: lun, ledger: ledger, came: came, inbox: make(chan func(), 2*maxInbox), ended: make(chan struct{}), told: map[pr.MsgKind]bool{}}
 	x.task = pr.Task{Machine: m, Port: lun.Port, Ledger: x}
 	x.task.Tell = func(m pr.Msg) error {
 		switch m.Kind {
@@ -348,6 +349,15 @@ func nexusOf(w *vmmv1.HostLun) (pr.Nexus, error) {
 // pairOf is what both sides make of a LUN's two ends. It is nil if nothing of
 // it moves: the LUN has no persistent reservations.
 func pairOf(src, dst *vmmv1.HostLun) (*pr.Pair, error) {
+	p, err := joined(src, dst, src.BootId != "" && src.Address != "" && src.BootId == dst.BootId && src.Address == dst.Address)
+	if err == nil && p != nil && !p.Same && p.Old != (pr.Nexus{}) && p.Old == p.New {
+		return nil, fmt.Errorf("LUN %s: both hosts reach it as %v, though they are not one: two guests on one nexus cannot be told apart", src.Id, p.Old)
+	}
+	return p, err
+}
+
+// joined is the pair of two hosts' nexuses; same says that they are one.
+func joined(src, dst *vmmv1.HostLun, same bool) (*pr.Pair, error) {
 	if !src.Reservations && !dst.Reservations {
 		return nil, nil
 	}
@@ -362,15 +372,12 @@ func pairOf(src, dst *vmmv1.HostLun) (*pr.Pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &pr.Pair{Old: from, New: to}
-	p.Same = src.BootId != "" && src.Address != "" && src.BootId == dst.BootId && src.Address == dst.Address
-	if p.Same && from == (pr.Nexus{}) {
-		p.Old = to
-	}
-	if p.Same {
-		p.New = p.Old
-	} else if from != (pr.Nexus{}) && from == to {
-		return nil, fmt.Errorf("LUN %s: both hosts reach it as %v, though they are not one: two guests on one nexus cannot be told apart", src.Id, from)
+	p := &pr.Pair{Old: from, New: to, Same: same}
+	if same {
+		if to == (pr.Nexus{}) {
+			to = from
+		}
+		p.Old, p.New = to, to
 	}
 	known := p.Old != (pr.Nexus{}) && p.New != (pr.Nexus{})
 	p.FullStatus = src.FullStatus && dst.FullStatus && known

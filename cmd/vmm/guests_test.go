@@ -294,6 +294,31 @@ func TestCommandsOnARealGuest(t *testing.T) {
 			t.Errorf("vmm migrate: %s; want to hear that the guest runs on here", got)
 		}
 	}
+	// It goes into a file and comes back, as another process would have it.
+	t.Setenv("VMM_STATE_DIR", t.TempDir())
+	file := filepath.Join(t.TempDir(), "web1.snap")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := vmm(1, "save", "web1", file); !strings.Contains(got, "is there already; --force replaces it") {
+		t.Errorf("vmm save over a file: %s", got)
+	}
+	if got := vmm(0, "save", "web1", file, "--force"); !strings.Contains(got, "web1 is in "+file) {
+		t.Errorf("vmm save: %s", got)
+	}
+	if status := <-ended; status != 0 || errs.Len() > 0 {
+		t.Errorf("vmm run: status %d, %s; want 0 after vmm save", status, &errs)
+	}
+	if got := vmm(1, "status", "web1"); !strings.Contains(got, "no such guest runs here") {
+		t.Errorf("vmm status after vmm save: %s", got)
+	}
+	var says screen
+	says.more.L = &says.mu
+	go func() { ended <- run(t.Context(), []string{"run", "--from", file}, strings.NewReader(""), &out, &says) }()
+	says.waitFor("vmm: root: the guest has no registration; nothing had to move.\n")
+	if got := vmm(1, "run", "web2", "--from", file); !strings.Contains(got, "--again") {
+		t.Errorf("vmm run of a used file: %s", got)
+	}
 	// Here the guest is in this very process, whose end stop would wait for.
 	client, err := control.RunDir(dir).Dial("web1")
 	if err != nil {
@@ -303,8 +328,8 @@ func TestCommandsOnARealGuest(t *testing.T) {
 	if err := stopByForce(t.Context(), client); err != nil {
 		t.Error(err)
 	}
-	if status := <-ended; status != 0 || errs.Len() > 0 {
-		t.Errorf("vmm run: status %d, %s; want 0 after vmm stop", status, &errs)
+	if status := <-ended; status != 0 {
+		t.Errorf("vmm run --from: status %d; want 0 after vmm stop", status)
 	}
 	if left, _ := filepath.Glob(dir + "/web1.*"); len(left) > 0 {
 		t.Errorf("left behind: %v", left)

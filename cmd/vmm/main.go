@@ -50,7 +50,7 @@ reservations.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newLunCommand(), newPRCommand(),
+	root.AddCommand(newRunCommand(), newReceiveCommand(), newMigrateCommand(), newSaveCommand(), newLsCommand(), newStatusCommand(), newPauseCommand(), newResumeCommand(), newStopCommand(), newConsoleCommand(), newLunCommand(), newPRCommand(),
 		newDoctorCommand(), newManCommand(), newVersionCommand())
 	completeFlags(root)
 	return root

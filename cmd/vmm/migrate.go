@@ -1,20 +1,18 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+	"google.golang.org/protobuf/proto"
 
 	"vmm/control"
 	"vmm/machine"
@@ -126,25 +124,13 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	if err != nil {
 		return err
 	}
-	// A signal gives the migration up; its end is still waited for, and told.
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	defer signal.Stop(signals)
-	over := make(chan struct{})
-	defer close(over)
-	go func() {
-		select {
-		case <-signals:
-			_, _ = ask(context.Background(), client, askTime, client.CancelMigration, &vmmv1.CancelMigrationRequest{}) // else it has just ended
-		case <-over:
-		}
-	}()
+	defer cancelOnSignal(client)()
 	steps, err := client.Migrate(c.Context(), connect.NewRequest(request))
 	if err != nil {
 		return client.Explain(err)
 	}
 	defer steps.Close()
-	show := f.shower(c)
+	show := newShower(c, f.format)
 	var summary *vmmv1.MigrationSummary
 	for steps.Receive() {
 		m := steps.Msg()
@@ -177,16 +163,16 @@ func absolute(path string) string {
 	return path
 }
 
-// shower writes the progress and the summary of a migration: lines of JSON, a
-// bar on a terminal, else the summary alone.
+// shower writes the progress and the summary of a migration or a save: lines of
+// JSON, a bar on a terminal, else the summary alone.
 type shower struct {
 	json bool
 	out  io.Writer
 	bar  io.Writer // nil: none
 }
 
-func (f *migrateFlags) shower(c *cobra.Command) *shower {
-	s := &shower{json: f.format.json(), out: c.OutOrStdout()}
+func newShower(c *cobra.Command, format outputFormat) *shower {
+	s := &shower{json: format.json(), out: c.OutOrStdout()}
 	if file, ok := c.ErrOrStderr().(*os.File); ok && !s.json && term.IsTerminal(int(file.Fd())) {
 		s.bar = file
 	}
@@ -218,7 +204,7 @@ func (s *shower) progress(p *vmmv1.MigrationProgress) error {
 	return nil
 }
 
-func (s *shower) line(m *vmmv1.MigrateResponse) error {
+func (s *shower) line(m proto.Message) error {
 	b, err := control.MarshalJSON(m)
 	if err != nil {
 		return err

@@ -93,15 +93,8 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 		return bad("stop-timeout", fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout))
 	}
 	cfg := machine.Config{Name: name}
-	for _, s := range f.luns {
-		l, err := machine.ParseLUN(s)
-		if err == nil && l.ID == "" {
-			err = fmt.Errorf("LUN %q: id=NAME must say which of the guest's LUNs is meant", s)
-		}
-		if err != nil {
-			return bad("lun", err)
-		}
-		cfg.LUNs = append(cfg.LUNs, l)
+	if cfg.LUNs, err = namedLUNs(f.luns); err != nil {
+		return err
 	}
 	security := migration.Security{Insecure: f.tls.insecure}
 	if f.tls.dir != "" {

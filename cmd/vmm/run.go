@@ -25,13 +25,14 @@ type runFlags struct {
 	memory, cpu             string
 	luns                    []string
 	noReboot                bool
+	fromFlags
 	foreground
 }
 
 func newRunCommand() *cobra.Command {
 	var f runFlags
 	c := &cobra.Command{
-		Use:   "run [NAME] {--kernel FILE | --config FILE} [flags]",
+		Use:   "run [NAME] {--kernel FILE | --config FILE | --from FILE} [flags]",
 		Short: "Boot a guest and stay with it in the foreground",
 		Long: `Boots a guest and stays in the foreground: the guest's console is written to
 standard output, everything else to standard error. The exit status is 0 when
@@ -58,25 +59,41 @@ target= says otherwise.
 --config reads the same from a YAML file: name, kernel, initrd, cmdline, cpus,
 memory, cpu_model, no_reboot, and luns, a list of id, path, target, initiator,
 timeout, readonly and allow_unsafe. Relative paths start at the file's directory.
-What the command line says as well wins over the file; --lun adds a LUN.`,
+What the command line says as well wins over the file; --lun adds a LUN.
+
+--from goes on with a guest that vmm save has written. What the guest is comes with
+it; NAME is its name here, by default the one that it had, and --lun id=NAME,path=PATH
+says where a LUN is on this host, as for vmm receive. Its reservations are moved here if
+the disks still have them: one that another node took meanwhile is not taken back. The
+file is marked as used before the guest runs, and refused from then on.`,
 		Example: `  vmm run web1 --kernel vmlinuz --initrd initrd.img --cmdline "console=ttyS0 root=/dev/sda1" \
           --cpus 2 --memory 1G --lun id=data,path=/dev/sg2 --lun id=root,path=root.img
   vmm run --config web1.yaml
   vmm run --config web1.yaml --detach && vmm console web1
-  vmm run web2 --config web1.yaml --memory 2G`,
+  vmm run web2 --config web1.yaml --memory 2G
+  vmm run web1 --from web1.snap`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case len(args) == 1:
 				return validName(args[0])
-			case len(args) == 0 && f.file != "":
+			case len(args) == 0 && (f.file != "" || f.from != ""):
 				return nil
 			}
 			return usageError{errors.New("run wants one name for the guest, as in: vmm run web1 --kernel vmlinuz")}
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(c *cobra.Command, args []string) error {
+			if err := f.check(c); err != nil {
+				return err
+			}
+			if f.detach && f.from != "" && len(args) == 0 {
+				return usageError{errors.New("run --from --detach wants a name for the guest, by which it is found, as in: vmm run web1 --from web1.snap --detach")}
+			}
 			if f.leaves(c) {
 				return detach(c)
+			}
+			if f.from != "" {
+				return f.background.finish(f.restore(c, strings.Join(args, "")))
 			}
 			return f.background.finish(f.run(c, strings.Join(args, "")))
 		},
@@ -91,6 +108,7 @@ What the command line says as well wins over the file; --lun adds a LUN.`,
 	fs.StringVar(&f.cpu, "cpu", string(machine.CPUHost), "CPU model: host, x86-64-v2 or x86-64-v3")
 	fs.StringArrayVar(&f.luns, "lun", nil, "a SCSI LUN (repeatable); see above")
 	fs.BoolVar(&f.noReboot, "no-reboot", false, "end with status 0 where the guest asks for a reset")
+	f.fromFlags.addFlags(c)
 	f.foreground.addFlags(fs)
 	return c
 }

@@ -317,7 +317,7 @@ func (o Outcome) Sentence(lun string) string {
 		s += fmt.Sprintf("; this host's nexus may still show key %v: 'vmm pr recover' removes it", o.Key)
 	case o.Stale:
 		s += fmt.Sprintf("; its other nexus may still show key %v: that is inert, and its host removes it "+
-			"(or 'vmm pr recover' there does)", o.Key)
+			"(or 'vmm pr recover' there does; after a snapshot, 'vmm pr unregister')", o.Key)
 	}
 	return s + "."
 }

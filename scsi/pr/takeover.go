@@ -96,6 +96,14 @@ func NewAlone(p *Pair, k Key) Dest {
 	return d
 }
 
+// NewFenced takes over nothing: the guest had key k, and was fenced before it
+// was saved.
+func NewFenced(p *Pair, k Key) Dest {
+	d := Dest{pair: p, alone: true, committed: true, key: k}
+	d.finish(Outcome{Kind: FencedMeanwhile, Key: k})
+	return d
+}
+
 // Outcome is the result, once Next says Finish.
 func (d *Dest) Outcome() Outcome { return d.finished }
 

@@ -82,7 +82,8 @@ type StatusResponse struct {
 	// UptimeSeconds is the time since then, pauses included.
 	UptimeSeconds float64 `protobuf:"fixed64,9,opt,name=uptime_seconds,json=uptimeSeconds,proto3" json:"uptime_seconds,omitempty"`
 	Luns          []*Lun  `protobuf:"bytes,10,rep,name=luns,proto3" json:"luns,omitempty"`
-	// Migration says what stands about a migration away from here; empty: nothing.
+	// Migration says what stands about a migration away from here, or a save;
+	// empty: nothing.
 	Migration     string `protobuf:"bytes,11,opt,name=migration,proto3" json:"migration,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1840,6 +1841,277 @@ func (x *MigrationDowntime) GetStartUs() uint64 {
 	return 0
 }
 
+type SaveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Path is the file on this host, absolute.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// Force replaces a file that is there.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveRequest) Reset() {
+	*x = SaveRequest{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveRequest) ProtoMessage() {}
+
+func (x *SaveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveRequest.ProtoReflect.Descriptor instead.
+func (*SaveRequest) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *SaveRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SaveRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+// SaveResponse is one step of a save.
+type SaveResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Body:
+	//
+	//	*SaveResponse_Progress
+	//	*SaveResponse_Summary
+	Body          isSaveResponse_Body `protobuf_oneof:"body"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveResponse) Reset() {
+	*x = SaveResponse{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveResponse) ProtoMessage() {}
+
+func (x *SaveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveResponse.ProtoReflect.Descriptor instead.
+func (*SaveResponse) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *SaveResponse) GetBody() isSaveResponse_Body {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *SaveResponse) GetProgress() *SaveProgress {
+	if x != nil {
+		if x, ok := x.Body.(*SaveResponse_Progress); ok {
+			return x.Progress
+		}
+	}
+	return nil
+}
+
+func (x *SaveResponse) GetSummary() *SaveSummary {
+	if x != nil {
+		if x, ok := x.Body.(*SaveResponse_Summary); ok {
+			return x.Summary
+		}
+	}
+	return nil
+}
+
+type isSaveResponse_Body interface {
+	isSaveResponse_Body()
+}
+
+type SaveResponse_Progress struct {
+	Progress *SaveProgress `protobuf:"bytes,1,opt,name=progress,proto3,oneof"`
+}
+
+type SaveResponse_Summary struct {
+	Summary *SaveSummary `protobuf:"bytes,2,opt,name=summary,proto3,oneof"`
+}
+
+func (*SaveResponse_Progress) isSaveResponse_Body() {}
+
+func (*SaveResponse_Summary) isSaveResponse_Body() {}
+
+// SaveProgress comes about once a second.
+type SaveProgress struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	WrittenBytes uint64                 `protobuf:"varint,1,opt,name=written_bytes,json=writtenBytes,proto3" json:"written_bytes,omitempty"`
+	// TotalBytes is what there is to write at most.
+	TotalBytes    uint64 `protobuf:"varint,2,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveProgress) Reset() {
+	*x = SaveProgress{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveProgress) ProtoMessage() {}
+
+func (x *SaveProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveProgress.ProtoReflect.Descriptor instead.
+func (*SaveProgress) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *SaveProgress) GetWrittenBytes() uint64 {
+	if x != nil {
+		return x.WrittenBytes
+	}
+	return 0
+}
+
+func (x *SaveProgress) GetTotalBytes() uint64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+// SaveSummary is what became of a save that succeeded.
+type SaveSummary struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id names the snapshot, as it does a migration.
+	Id   string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Bytes is the file's size.
+	Bytes   uint64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	TotalUs uint64 `protobuf:"varint,4,opt,name=total_us,json=totalUs,proto3" json:"total_us,omitempty"`
+	// Luns are the reservations that were saved.
+	Luns          []*MigratedLun `protobuf:"bytes,5,rep,name=luns,proto3" json:"luns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSummary) Reset() {
+	*x = SaveSummary{}
+	mi := &file_vmm_v1_machine_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSummary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSummary) ProtoMessage() {}
+
+func (x *SaveSummary) ProtoReflect() protoreflect.Message {
+	mi := &file_vmm_v1_machine_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSummary.ProtoReflect.Descriptor instead.
+func (*SaveSummary) Descriptor() ([]byte, []int) {
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *SaveSummary) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SaveSummary) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SaveSummary) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *SaveSummary) GetTotalUs() uint64 {
+	if x != nil {
+		return x.TotalUs
+	}
+	return 0
+}
+
+func (x *SaveSummary) GetLuns() []*MigratedLun {
+	if x != nil {
+		return x.Luns
+	}
+	return nil
+}
+
 type CancelMigrationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1848,7 +2120,7 @@ type CancelMigrationRequest struct {
 
 func (x *CancelMigrationRequest) Reset() {
 	*x = CancelMigrationRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	mi := &file_vmm_v1_machine_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +2132,7 @@ func (x *CancelMigrationRequest) String() string {
 func (*CancelMigrationRequest) ProtoMessage() {}
 
 func (x *CancelMigrationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[26]
+	mi := &file_vmm_v1_machine_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2145,7 @@ func (x *CancelMigrationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelMigrationRequest.ProtoReflect.Descriptor instead.
 func (*CancelMigrationRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{26}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{30}
 }
 
 type CancelMigrationResponse struct {
@@ -1884,7 +2156,7 @@ type CancelMigrationResponse struct {
 
 func (x *CancelMigrationResponse) Reset() {
 	*x = CancelMigrationResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	mi := &file_vmm_v1_machine_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2168,7 @@ func (x *CancelMigrationResponse) String() string {
 func (*CancelMigrationResponse) ProtoMessage() {}
 
 func (x *CancelMigrationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[27]
+	mi := &file_vmm_v1_machine_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2181,7 @@ func (x *CancelMigrationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelMigrationResponse.ProtoReflect.Descriptor instead.
 func (*CancelMigrationResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{27}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{31}
 }
 
 type ConsoleRequest struct {
@@ -1925,7 +2197,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[28]
+	mi := &file_vmm_v1_machine_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1937,7 +2209,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[28]
+	mi := &file_vmm_v1_machine_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1950,7 +2222,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{28}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ConsoleRequest) GetScrollbackBytes() uint64 {
@@ -1982,7 +2254,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[29]
+	mi := &file_vmm_v1_machine_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2266,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[29]
+	mi := &file_vmm_v1_machine_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2279,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{29}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ConsoleResponse) GetText() []byte {
@@ -2040,7 +2312,7 @@ type ConsoleInputRequest struct {
 
 func (x *ConsoleInputRequest) Reset() {
 	*x = ConsoleInputRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[30]
+	mi := &file_vmm_v1_machine_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2052,7 +2324,7 @@ func (x *ConsoleInputRequest) String() string {
 func (*ConsoleInputRequest) ProtoMessage() {}
 
 func (x *ConsoleInputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[30]
+	mi := &file_vmm_v1_machine_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2065,7 +2337,7 @@ func (x *ConsoleInputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleInputRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleInputRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{30}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ConsoleInputRequest) GetText() []byte {
@@ -2083,7 +2355,7 @@ type ConsoleInputResponse struct {
 
 func (x *ConsoleInputResponse) Reset() {
 	*x = ConsoleInputResponse{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[31]
+	mi := &file_vmm_v1_machine_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2367,7 @@ func (x *ConsoleInputResponse) String() string {
 func (*ConsoleInputResponse) ProtoMessage() {}
 
 func (x *ConsoleInputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[31]
+	mi := &file_vmm_v1_machine_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2380,7 @@ func (x *ConsoleInputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleInputResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleInputResponse) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{31}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{35}
 }
 
 type EventsRequest struct {
@@ -2119,7 +2391,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[32]
+	mi := &file_vmm_v1_machine_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2131,7 +2403,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[32]
+	mi := &file_vmm_v1_machine_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2144,7 +2416,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{32}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{36}
 }
 
 // Event is something that happened to a machine.
@@ -2167,7 +2439,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vmm_v1_machine_proto_msgTypes[33]
+	mi := &file_vmm_v1_machine_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2179,7 +2451,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vmm_v1_machine_proto_msgTypes[33]
+	mi := &file_vmm_v1_machine_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2192,7 +2464,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{33}
+	return file_vmm_v1_machine_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Event) GetTime() string {
@@ -2379,7 +2651,24 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\aload_us\x18\x05 \x01(\x04R\x06loadUs\x12\x1f\n" +
 	"\vtakeover_us\x18\x06 \x01(\x04R\n" +
 	"takeoverUs\x12\x19\n" +
-	"\bstart_us\x18\a \x01(\x04R\astartUs\"\x18\n" +
+	"\bstart_us\x18\a \x01(\x04R\astartUs\"7\n" +
+	"\vSaveRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"{\n" +
+	"\fSaveResponse\x122\n" +
+	"\bprogress\x18\x01 \x01(\v2\x14.vmm.v1.SaveProgressH\x00R\bprogress\x12/\n" +
+	"\asummary\x18\x02 \x01(\v2\x13.vmm.v1.SaveSummaryH\x00R\asummaryB\x06\n" +
+	"\x04body\"T\n" +
+	"\fSaveProgress\x12#\n" +
+	"\rwritten_bytes\x18\x01 \x01(\x04R\fwrittenBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x02 \x01(\x04R\n" +
+	"totalBytes\"\x8b\x01\n" +
+	"\vSaveSummary\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x19\n" +
+	"\btotal_us\x18\x04 \x01(\x04R\atotalUs\x12'\n" +
+	"\x04luns\x18\x05 \x03(\v2\x13.vmm.v1.MigratedLunR\x04luns\"\x18\n" +
 	"\x16CancelMigrationRequest\"\x19\n" +
 	"\x17CancelMigrationResponse\"r\n" +
 	"\x0eConsoleRequest\x12.\n" +
@@ -2401,7 +2690,7 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x12\n" +
 	"\x04text\x18\x04 \x01(\tR\x04text\x12\x16\n" +
-	"\x06missed\x18\x05 \x01(\rR\x06missed2\xb5\x06\n" +
+	"\x06missed\x18\x05 \x01(\rR\x06missed2\xea\x06\n" +
 	"\x0eMachineService\x12<\n" +
 	"\x06Status\x12\x15.vmm.v1.StatusRequest\x1a\x16.vmm.v1.StatusResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\aVersion\x12\x16.vmm.v1.VersionRequest\x1a\x17.vmm.v1.VersionResponse\"\x03\x90\x02\x01\x124\n" +
@@ -2411,7 +2700,8 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\x04Luns\x12\x13.vmm.v1.LunsRequest\x1a\x14.vmm.v1.LunsResponse\x12@\n" +
 	"\tAttachLun\x12\x18.vmm.v1.AttachLunRequest\x1a\x19.vmm.v1.AttachLunResponse\x12@\n" +
 	"\tDetachLun\x12\x18.vmm.v1.DetachLunRequest\x1a\x19.vmm.v1.DetachLunResponse\x12<\n" +
-	"\aMigrate\x12\x16.vmm.v1.MigrateRequest\x1a\x17.vmm.v1.MigrateResponse0\x01\x12R\n" +
+	"\aMigrate\x12\x16.vmm.v1.MigrateRequest\x1a\x17.vmm.v1.MigrateResponse0\x01\x123\n" +
+	"\x04Save\x12\x13.vmm.v1.SaveRequest\x1a\x14.vmm.v1.SaveResponse0\x01\x12R\n" +
 	"\x0fCancelMigration\x12\x1e.vmm.v1.CancelMigrationRequest\x1a\x1f.vmm.v1.CancelMigrationResponse\x12<\n" +
 	"\aConsole\x12\x16.vmm.v1.ConsoleRequest\x1a\x17.vmm.v1.ConsoleResponse0\x01\x12I\n" +
 	"\fConsoleInput\x12\x1b.vmm.v1.ConsoleInputRequest\x1a\x1c.vmm.v1.ConsoleInputResponse\x120\n" +
@@ -2429,7 +2719,7 @@ func file_vmm_v1_machine_proto_rawDescGZIP() []byte {
 	return file_vmm_v1_machine_proto_rawDescData
 }
 
-var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_vmm_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_vmm_v1_machine_proto_goTypes = []any{
 	(*StatusRequest)(nil),           // 0: vmm.v1.StatusRequest
 	(*StatusResponse)(nil),          // 1: vmm.v1.StatusResponse
@@ -2457,14 +2747,18 @@ var file_vmm_v1_machine_proto_goTypes = []any{
 	(*MigrationSummary)(nil),        // 23: vmm.v1.MigrationSummary
 	(*MigratedLun)(nil),             // 24: vmm.v1.MigratedLun
 	(*MigrationDowntime)(nil),       // 25: vmm.v1.MigrationDowntime
-	(*CancelMigrationRequest)(nil),  // 26: vmm.v1.CancelMigrationRequest
-	(*CancelMigrationResponse)(nil), // 27: vmm.v1.CancelMigrationResponse
-	(*ConsoleRequest)(nil),          // 28: vmm.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),         // 29: vmm.v1.ConsoleResponse
-	(*ConsoleInputRequest)(nil),     // 30: vmm.v1.ConsoleInputRequest
-	(*ConsoleInputResponse)(nil),    // 31: vmm.v1.ConsoleInputResponse
-	(*EventsRequest)(nil),           // 32: vmm.v1.EventsRequest
-	(*Event)(nil),                   // 33: vmm.v1.Event
+	(*SaveRequest)(nil),             // 26: vmm.v1.SaveRequest
+	(*SaveResponse)(nil),            // 27: vmm.v1.SaveResponse
+	(*SaveProgress)(nil),            // 28: vmm.v1.SaveProgress
+	(*SaveSummary)(nil),             // 29: vmm.v1.SaveSummary
+	(*CancelMigrationRequest)(nil),  // 30: vmm.v1.CancelMigrationRequest
+	(*CancelMigrationResponse)(nil), // 31: vmm.v1.CancelMigrationResponse
+	(*ConsoleRequest)(nil),          // 32: vmm.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),         // 33: vmm.v1.ConsoleResponse
+	(*ConsoleInputRequest)(nil),     // 34: vmm.v1.ConsoleInputRequest
+	(*ConsoleInputResponse)(nil),    // 35: vmm.v1.ConsoleInputResponse
+	(*EventsRequest)(nil),           // 36: vmm.v1.EventsRequest
+	(*Event)(nil),                   // 37: vmm.v1.Event
 }
 var file_vmm_v1_machine_proto_depIdxs = []int32{
 	16, // 0: vmm.v1.StatusResponse.luns:type_name -> vmm.v1.Lun
@@ -2478,37 +2772,42 @@ var file_vmm_v1_machine_proto_depIdxs = []int32{
 	25, // 8: vmm.v1.MigrationSummary.downtime:type_name -> vmm.v1.MigrationDowntime
 	24, // 9: vmm.v1.MigrationSummary.luns:type_name -> vmm.v1.MigratedLun
 	24, // 10: vmm.v1.MigrationSummary.left:type_name -> vmm.v1.MigratedLun
-	0,  // 11: vmm.v1.MachineService.Status:input_type -> vmm.v1.StatusRequest
-	2,  // 12: vmm.v1.MachineService.Version:input_type -> vmm.v1.VersionRequest
-	4,  // 13: vmm.v1.MachineService.Pause:input_type -> vmm.v1.PauseRequest
-	6,  // 14: vmm.v1.MachineService.Resume:input_type -> vmm.v1.ResumeRequest
-	8,  // 15: vmm.v1.MachineService.Stop:input_type -> vmm.v1.StopRequest
-	10, // 16: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
-	12, // 17: vmm.v1.MachineService.AttachLun:input_type -> vmm.v1.AttachLunRequest
-	14, // 18: vmm.v1.MachineService.DetachLun:input_type -> vmm.v1.DetachLunRequest
-	20, // 19: vmm.v1.MachineService.Migrate:input_type -> vmm.v1.MigrateRequest
-	26, // 20: vmm.v1.MachineService.CancelMigration:input_type -> vmm.v1.CancelMigrationRequest
-	28, // 21: vmm.v1.MachineService.Console:input_type -> vmm.v1.ConsoleRequest
-	30, // 22: vmm.v1.MachineService.ConsoleInput:input_type -> vmm.v1.ConsoleInputRequest
-	32, // 23: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
-	1,  // 24: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
-	3,  // 25: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
-	5,  // 26: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
-	7,  // 27: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
-	9,  // 28: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
-	11, // 29: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
-	13, // 30: vmm.v1.MachineService.AttachLun:output_type -> vmm.v1.AttachLunResponse
-	15, // 31: vmm.v1.MachineService.DetachLun:output_type -> vmm.v1.DetachLunResponse
-	21, // 32: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
-	27, // 33: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
-	29, // 34: vmm.v1.MachineService.Console:output_type -> vmm.v1.ConsoleResponse
-	31, // 35: vmm.v1.MachineService.ConsoleInput:output_type -> vmm.v1.ConsoleInputResponse
-	33, // 36: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
-	24, // [24:37] is the sub-list for method output_type
-	11, // [11:24] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	28, // 11: vmm.v1.SaveResponse.progress:type_name -> vmm.v1.SaveProgress
+	29, // 12: vmm.v1.SaveResponse.summary:type_name -> vmm.v1.SaveSummary
+	24, // 13: vmm.v1.SaveSummary.luns:type_name -> vmm.v1.MigratedLun
+	0,  // 14: vmm.v1.MachineService.Status:input_type -> vmm.v1.StatusRequest
+	2,  // 15: vmm.v1.MachineService.Version:input_type -> vmm.v1.VersionRequest
+	4,  // 16: vmm.v1.MachineService.Pause:input_type -> vmm.v1.PauseRequest
+	6,  // 17: vmm.v1.MachineService.Resume:input_type -> vmm.v1.ResumeRequest
+	8,  // 18: vmm.v1.MachineService.Stop:input_type -> vmm.v1.StopRequest
+	10, // 19: vmm.v1.MachineService.Luns:input_type -> vmm.v1.LunsRequest
+	12, // 20: vmm.v1.MachineService.AttachLun:input_type -> vmm.v1.AttachLunRequest
+	14, // 21: vmm.v1.MachineService.DetachLun:input_type -> vmm.v1.DetachLunRequest
+	20, // 22: vmm.v1.MachineService.Migrate:input_type -> vmm.v1.MigrateRequest
+	26, // 23: vmm.v1.MachineService.Save:input_type -> vmm.v1.SaveRequest
+	30, // 24: vmm.v1.MachineService.CancelMigration:input_type -> vmm.v1.CancelMigrationRequest
+	32, // 25: vmm.v1.MachineService.Console:input_type -> vmm.v1.ConsoleRequest
+	34, // 26: vmm.v1.MachineService.ConsoleInput:input_type -> vmm.v1.ConsoleInputRequest
+	36, // 27: vmm.v1.MachineService.Events:input_type -> vmm.v1.EventsRequest
+	1,  // 28: vmm.v1.MachineService.Status:output_type -> vmm.v1.StatusResponse
+	3,  // 29: vmm.v1.MachineService.Version:output_type -> vmm.v1.VersionResponse
+	5,  // 30: vmm.v1.MachineService.Pause:output_type -> vmm.v1.PauseResponse
+	7,  // 31: vmm.v1.MachineService.Resume:output_type -> vmm.v1.ResumeResponse
+	9,  // 32: vmm.v1.MachineService.Stop:output_type -> vmm.v1.StopResponse
+	11, // 33: vmm.v1.MachineService.Luns:output_type -> vmm.v1.LunsResponse
+	13, // 34: vmm.v1.MachineService.AttachLun:output_type -> vmm.v1.AttachLunResponse
+	15, // 35: vmm.v1.MachineService.DetachLun:output_type -> vmm.v1.DetachLunResponse
+	21, // 36: vmm.v1.MachineService.Migrate:output_type -> vmm.v1.MigrateResponse
+	27, // 37: vmm.v1.MachineService.Save:output_type -> vmm.v1.SaveResponse
+	31, // 38: vmm.v1.MachineService.CancelMigration:output_type -> vmm.v1.CancelMigrationResponse
+	33, // 39: vmm.v1.MachineService.Console:output_type -> vmm.v1.ConsoleResponse
+	35, // 40: vmm.v1.MachineService.ConsoleInput:output_type -> vmm.v1.ConsoleInputResponse
+	37, // 41: vmm.v1.MachineService.Events:output_type -> vmm.v1.Event
+	28, // [28:42] is the sub-list for method output_type
+	14, // [14:28] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_vmm_v1_machine_proto_init() }
@@ -2523,14 +2822,18 @@ func file_vmm_v1_machine_proto_init() {
 		(*MigrateResponse_Progress)(nil),
 		(*MigrateResponse_Summary)(nil),
 	}
-	file_vmm_v1_machine_proto_msgTypes[28].OneofWrappers = []any{}
+	file_vmm_v1_machine_proto_msgTypes[27].OneofWrappers = []any{
+		(*SaveResponse_Progress)(nil),
+		(*SaveResponse_Summary)(nil),
+	}
+	file_vmm_v1_machine_proto_msgTypes[32].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmm_v1_machine_proto_rawDesc), len(file_vmm_v1_machine_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   34,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,5 +1,6 @@
-// The control connection of a migration. The connections, their framing and
-// the order of messages are described in package migration.
+// The control connection of a migration, and the messages in a snapshot file,
+// which is the same stream. The connections, their framing and the order of
+// messages are described in package migration.
 //
 // Rules of evolution: a field's number and meaning never change; a new field
 // means the old behaviour where it is absent; what an older peer must not
@@ -749,8 +750,11 @@ type HostLun struct {
 	FullStatus      bool `protobuf:"varint,8,opt,name=full_status,json=fullStatus,proto3" json:"full_status,omitempty"`
 	RegisterAndMove bool `protobuf:"varint,9,opt,name=register_and_move,json=registerAndMove,proto3" json:"register_and_move,omitempty"`
 	// Key and spc2 are what the source's tracker believes.
-	Key           uint64 `protobuf:"fixed64,10,opt,name=key,proto3" json:"key,omitempty"`
-	Spc2          bool   `protobuf:"varint,11,opt,name=spc2,proto3" json:"spc2,omitempty"`
+	Key  uint64 `protobuf:"fixed64,10,opt,name=key,proto3" json:"key,omitempty"`
+	Spc2 bool   `protobuf:"varint,11,opt,name=spc2,proto3" json:"spc2,omitempty"`
+	// Nonce is what the source has written beside a disk image: whoever has the
+	// same file finds it there. Empty: not a file, or not to be written to.
+	Nonce         []byte `protobuf:"bytes,12,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -860,6 +864,13 @@ func (x *HostLun) GetSpc2() bool {
 		return x.Spc2
 	}
 	return false
+}
+
+func (x *HostLun) GetNonce() []byte {
+	if x != nil {
+		return x.Nonce
+	}
+	return nil
 }
 
 // Welcome accepts the offer. The guest may be copied.
@@ -1274,9 +1285,13 @@ func (x *Ready) GetLoadUs() uint64 {
 }
 
 // Commit hands the guest over. Once it is sent the source runs the guest again
-// only if the destination says that it never did.
+// only if the destination says that it never did. In a snapshot it is the end
+// of the file.
 type Commit struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Crc32c, in a snapshot, is that of everything between the file's preamble and
+	// this message (Castagnoli, as in RFC 3720).
+	Crc32C        uint32 `protobuf:"fixed32,1,opt,name=crc32c,proto3" json:"crc32c,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1309,6 +1324,13 @@ func (x *Commit) ProtoReflect() protoreflect.Message {
 // Deprecated: Use Commit.ProtoReflect.Descriptor instead.
 func (*Commit) Descriptor() ([]byte, []int) {
 	return file_vmm_v1_stream_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Commit) GetCrc32C() uint32 {
+	if x != nil {
+		return x.Crc32C
+	}
+	return 0
 }
 
 // Running says that the guest runs at the destination, lastingly noted.
@@ -1791,7 +1813,7 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"<\n" +
 	"\fMemoryRegion\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\x04R\aaddress\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x04R\x04size\"\xc3\x02\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\"\xd9\x02\n" +
 	"\aHostLun\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x17\n" +
@@ -1806,7 +1828,8 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x11register_and_move\x18\t \x01(\bR\x0fregisterAndMove\x12\x10\n" +
 	"\x03key\x18\n" +
 	" \x01(\x06R\x03key\x12\x12\n" +
-	"\x04spc2\x18\v \x01(\bR\x04spc2\"H\n" +
+	"\x04spc2\x18\v \x01(\bR\x04spc2\x12\x14\n" +
+	"\x05nonce\x18\f \x01(\fR\x05nonce\"H\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12#\n" +
 	"\x04luns\x18\x02 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\"!\n" +
@@ -1850,8 +1873,9 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x0fRESULT_CONFLICT\x10\x02\x12\x10\n" +
 	"\fRESULT_ERROR\x10\x03\" \n" +
 	"\x05Ready\x12\x17\n" +
-	"\aload_us\x18\x01 \x01(\x04R\x06loadUs\"\b\n" +
-	"\x06Commit\"L\n" +
+	"\aload_us\x18\x01 \x01(\x04R\x06loadUs\" \n" +
+	"\x06Commit\x12\x16\n" +
+	"\x06crc32c\x18\x01 \x01(\aR\x06crc32c\"L\n" +
 	"\aRunning\x12\x19\n" +
 	"\bstart_us\x18\x01 \x01(\x04R\astartUs\x12&\n" +
 	"\x04luns\x18\x02 \x03(\v2\x12.vmm.v1.LunOutcomeR\x04luns\"Y\n" +

@@ -60,6 +60,8 @@ const (
 	MachineServiceDetachLunProcedure = "/vmm.v1.MachineService/DetachLun"
 	// MachineServiceMigrateProcedure is the fully-qualified name of the MachineService's Migrate RPC.
 	MachineServiceMigrateProcedure = "/vmm.v1.MachineService/Migrate"
+	// MachineServiceSaveProcedure is the fully-qualified name of the MachineService's Save RPC.
+	MachineServiceSaveProcedure = "/vmm.v1.MachineService/Save"
 	// MachineServiceCancelMigrationProcedure is the fully-qualified name of the MachineService's
 	// CancelMigration RPC.
 	MachineServiceCancelMigrationProcedure = "/vmm.v1.MachineService/CancelMigration"
@@ -103,8 +105,14 @@ type MachineServiceClient interface {
 	// ends. A client that leaves does not end the migration: CancelMigration
 	// does.
 	Migrate(context.Context, *connect.Request[v1.MigrateRequest]) (*connect.ServerStreamForClient[v1.MigrateResponse], error)
-	// CancelMigration gives the migration up, unless the guest has been handed
-	// over; it answers at once. Migrate's answer says how it ended.
+	// Save writes the guest to a file, which vmm run --from goes on with, and
+	// tells how far that is; the last answer is the summary, and then the machine
+	// ends. Whatever fails before that leaves the guest running. A client that
+	// leaves does not end it: CancelMigration does.
+	Save(context.Context, *connect.Request[v1.SaveRequest]) (*connect.ServerStreamForClient[v1.SaveResponse], error)
+	// CancelMigration gives a migration up, unless the guest has been handed
+	// over, or a save; it answers at once. Migrate's or Save's answer says how it
+	// ended.
 	CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error)
 	// Console tells what the guest has printed on its first serial port, and what
 	// it prints, until the machine ends. Any number of clients may read, 16 at a
@@ -188,6 +196,12 @@ func NewMachineServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(machineServiceMethods.ByName("Migrate")),
 			connect.WithClientOptions(opts...),
 		),
+		save: connect.NewClient[v1.SaveRequest, v1.SaveResponse](
+			httpClient,
+			baseURL+MachineServiceSaveProcedure,
+			connect.WithSchema(machineServiceMethods.ByName("Save")),
+			connect.WithClientOptions(opts...),
+		),
 		cancelMigration: connect.NewClient[v1.CancelMigrationRequest, v1.CancelMigrationResponse](
 			httpClient,
 			baseURL+MachineServiceCancelMigrationProcedure,
@@ -226,6 +240,7 @@ type machineServiceClient struct {
 	attachLun       *connect.Client[v1.AttachLunRequest, v1.AttachLunResponse]
 	detachLun       *connect.Client[v1.DetachLunRequest, v1.DetachLunResponse]
 	migrate         *connect.Client[v1.MigrateRequest, v1.MigrateResponse]
+	save            *connect.Client[v1.SaveRequest, v1.SaveResponse]
 	cancelMigration *connect.Client[v1.CancelMigrationRequest, v1.CancelMigrationResponse]
 	console         *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
 	consoleInput    *connect.Client[v1.ConsoleInputRequest, v1.ConsoleInputResponse]
@@ -275,6 +290,11 @@ func (c *machineServiceClient) DetachLun(ctx context.Context, req *connect.Reque
 // Migrate calls vmm.v1.MachineService.Migrate.
 func (c *machineServiceClient) Migrate(ctx context.Context, req *connect.Request[v1.MigrateRequest]) (*connect.ServerStreamForClient[v1.MigrateResponse], error) {
 	return c.migrate.CallServerStream(ctx, req)
+}
+
+// Save calls vmm.v1.MachineService.Save.
+func (c *machineServiceClient) Save(ctx context.Context, req *connect.Request[v1.SaveRequest]) (*connect.ServerStreamForClient[v1.SaveResponse], error) {
+	return c.save.CallServerStream(ctx, req)
 }
 
 // CancelMigration calls vmm.v1.MachineService.CancelMigration.
@@ -328,8 +348,14 @@ type MachineServiceHandler interface {
 	// ends. A client that leaves does not end the migration: CancelMigration
 	// does.
 	Migrate(context.Context, *connect.Request[v1.MigrateRequest], *connect.ServerStream[v1.MigrateResponse]) error
-	// CancelMigration gives the migration up, unless the guest has been handed
-	// over; it answers at once. Migrate's answer says how it ended.
+	// Save writes the guest to a file, which vmm run --from goes on with, and
+	// tells how far that is; the last answer is the summary, and then the machine
+	// ends. Whatever fails before that leaves the guest running. A client that
+	// leaves does not end it: CancelMigration does.
+	Save(context.Context, *connect.Request[v1.SaveRequest], *connect.ServerStream[v1.SaveResponse]) error
+	// CancelMigration gives a migration up, unless the guest has been handed
+	// over, or a save; it answers at once. Migrate's or Save's answer says how it
+	// ended.
 	CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error)
 	// Console tells what the guest has printed on its first serial port, and what
 	// it prints, until the machine ends. Any number of clients may read, 16 at a
@@ -409,6 +435,12 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 		connect.WithSchema(machineServiceMethods.ByName("Migrate")),
 		connect.WithHandlerOptions(opts...),
 	)
+	machineServiceSaveHandler := connect.NewServerStreamHandler(
+		MachineServiceSaveProcedure,
+		svc.Save,
+		connect.WithSchema(machineServiceMethods.ByName("Save")),
+		connect.WithHandlerOptions(opts...),
+	)
 	machineServiceCancelMigrationHandler := connect.NewUnaryHandler(
 		MachineServiceCancelMigrationProcedure,
 		svc.CancelMigration,
@@ -453,6 +485,8 @@ func NewMachineServiceHandler(svc MachineServiceHandler, opts ...connect.Handler
 			machineServiceDetachLunHandler.ServeHTTP(w, r)
 		case MachineServiceMigrateProcedure:
 			machineServiceMigrateHandler.ServeHTTP(w, r)
+		case MachineServiceSaveProcedure:
+			machineServiceSaveHandler.ServeHTTP(w, r)
 		case MachineServiceCancelMigrationProcedure:
 			machineServiceCancelMigrationHandler.ServeHTTP(w, r)
 		case MachineServiceConsoleProcedure:
@@ -504,6 +538,10 @@ func (UnimplementedMachineServiceHandler) DetachLun(context.Context, *connect.Re
 
 func (UnimplementedMachineServiceHandler) Migrate(context.Context, *connect.Request[v1.MigrateRequest], *connect.ServerStream[v1.MigrateResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.Migrate is not implemented"))
+}
+
+func (UnimplementedMachineServiceHandler) Save(context.Context, *connect.Request[v1.SaveRequest], *connect.ServerStream[v1.SaveResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("vmm.v1.MachineService.Save is not implemented"))
 }
 
 func (UnimplementedMachineServiceHandler) CancelMigration(context.Context, *connect.Request[v1.CancelMigrationRequest]) (*connect.Response[v1.CancelMigrationResponse], error) {
