@@ -31,6 +31,25 @@ func TestMigrationReport(t *testing.T) {
 	}
 }
 
+func TestSaveReport(t *testing.T) {
+	for file, json := range map[string]bool{"save.json": true, "save.txt": false} {
+		var out bytes.Buffer
+		s := &shower{json: json, out: &out}
+		for _, m := range []*vmmv1.SaveResponse{
+			{Body: &vmmv1.SaveResponse_Progress{Progress: &vmmv1.SaveProgress{WrittenBytes: 64 << 20, TotalBytes: 100 << 20}}},
+			{Body: &vmmv1.SaveResponse_Summary{Summary: &vmmv1.SaveSummary{
+				Path: "/var/lib/vmm/web1.snap", Bytes: 98 << 20, TotalUs: 1_500_000,
+				Luns: []*vmmv1.MigratedLun{{Id: "data", Sentence: "data: the guest's key 0x00000000000000aa stays registered for it."}},
+			}}},
+		} {
+			if err := s.saving("web1", m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		compareGolden(t, file, out.Bytes())
+	}
+}
+
 // compareGolden compares with a file in testdata, which VMM_UPDATE=1 writes.
 func compareGolden(t *testing.T, file string, got []byte) {
 	t.Helper()

@@ -68,28 +68,35 @@ func save(c *cobra.Command, client *control.Client, request *vmmv1.SaveRequest, 
 	for steps.Receive() {
 		m := steps.Msg()
 		summary = m.GetSummary()
-		switch p := m.GetProgress(); {
-		case show.json:
-			if err := show.line(m); err != nil {
-				return err
-			}
-		case p != nil && show.bar != nil:
-			fmt.Fprintf(show.bar, "\r\x1b[K%s of %s", amount(p.WrittenBytes), amount(p.TotalBytes))
+		if err := show.saving(client.Name(), m); err != nil {
+			return err
 		}
 	}
-	show.end()
 	if err := steps.Err(); err != nil {
+		show.end()
 		return client.Explain(err)
 	}
 	if summary == nil {
+		show.end()
 		return fmt.Errorf("guest %s: its process ended while it was being saved; vmm run --from %s says whether the file is complete", client.Name(), request.Path)
 	}
-	if show.json {
-		return nil
+	return nil
+}
+
+// saving shows one step of a save, the summary too.
+func (s *shower) saving(name string, m *vmmv1.SaveResponse) error {
+	if s.json {
+		return s.line(m)
 	}
-	fmt.Fprintf(show.out, "%s is in %s: %s in %.1f s\n", client.Name(), summary.Path, amount(summary.Bytes), float64(summary.TotalUs)/1e6)
-	for _, l := range summary.Luns {
-		fmt.Fprintf(show.out, "  %s\n", l.Sentence)
+	if p := m.GetProgress(); p != nil && s.bar != nil {
+		fmt.Fprintf(s.bar, "\r\x1b[K%s of %s", amount(p.WrittenBytes), amount(p.TotalBytes))
+	}
+	if r := m.GetSummary(); r != nil {
+		s.end()
+		fmt.Fprintf(s.out, "%s is in %s: %s in %.1f s\n", name, r.Path, amount(r.Bytes), float64(r.TotalUs)/1e6)
+		for _, l := range r.Luns {
+			fmt.Fprintf(s.out, "  %s\n", l.Sentence)
+		}
 	}
 	return nil
 }

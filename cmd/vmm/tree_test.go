@@ -202,7 +202,7 @@ var printsNoState = map[string]bool{"vmm run": true, "vmm receive": true, "vmm c
 // cmpjson follows the command, and from tests in Go.
 func goldens(t *testing.T) map[string]string {
 	t.Helper()
-	golden := map[string]string{"vmm doctor": "doctor.json", "vmm migrate": "migrate.json"} // TestDoctorReport, TestMigrationReport
+	golden := map[string]string{"vmm doctor": "doctor.json", "vmm migrate": "migrate.json", "vmm save": "save.json"} // TestDoctorReport, TestMigrationReport, TestSaveReport
 	scripts, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil || len(scripts) == 0 {
 		t.Fatalf("scripts: %v, %v", scripts, err)
