@@ -147,8 +147,9 @@ type attachment struct {
 	key      byte
 	readOnly bool
 
-	restore func() // undoes what stay has done to the terminal
-	newline string // in front of and after a note of ours
+	restore  func()        // undoes what stay has done to the terminal
+	newline  string        // in front of and after a note of ours
+	attached chan struct{} // closed at the first text: from then on none is missed
 }
 
 // errDetached is how the detach key ends an attachment.
@@ -177,6 +178,7 @@ func (a *attachment) stay(signalled context.Context, name, keyName string) error
 	}
 	defer a.restore()
 
+	a.attached = make(chan struct{})
 	ended := make(chan error, 1)
 	typed := make(chan []byte, maxTyped)
 	a.spawn(func() { ended <- a.show() })
@@ -239,6 +241,9 @@ func (a *attachment) show() error {
 	var q questions
 	first := true
 	for a.text.Receive() {
+		if first && a.attached != nil {
+			close(a.attached)
+		}
 		m := a.text.Msg()
 		text := m.Text
 		if screen {
@@ -294,6 +299,11 @@ func (a *attachment) read(ctx context.Context, interactive bool, typed chan<- []
 
 // pass sends what was typed, piece after piece.
 func (a *attachment) pass(ctx context.Context, typed <-chan []byte, end context.CancelCauseFunc) {
+	// What the guest answers is to be seen.
+	select {
+	case <-a.attached:
+	case <-ctx.Done():
+	}
 	for {
 		select {
 		case p := <-typed:

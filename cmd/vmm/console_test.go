@@ -219,18 +219,24 @@ func TestConsoleOnATerminal(t *testing.T) {
 // panicky is the program of a console whose sender panics.
 func panicky() {
 	a := &attachment{
-		text: silence{}, in: os.Stdin, out: os.Stdout, notes: os.Stderr, key: escapeKey,
+		text: new(silence), in: os.Stdin, out: os.Stdout, notes: os.Stderr, key: escapeKey,
 		send: func(context.Context, []byte) error { panic("nobody expects this") },
 	}
 	a.stay(context.Background(), "web1", "ctrl-]")
 }
 
 // silence is the text of a guest that never says anything.
-type silence struct{}
+type silence struct{ attached bool }
 
-func (silence) Receive() bool               { select {} }
-func (silence) Msg() *vmmv1.ConsoleResponse { return nil }
-func (silence) Err() error                  { return nil }
+func (s *silence) Receive() bool {
+	if s.attached {
+		select {}
+	}
+	s.attached = true
+	return true
+}
+func (*silence) Msg() *vmmv1.ConsoleResponse { return &vmmv1.ConsoleResponse{} }
+func (*silence) Err() error                  { return nil }
 
 func TestPanicRestoresTheTerminal(t *testing.T) {
 	x := openTerminal(t)

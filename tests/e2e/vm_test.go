@@ -111,9 +111,18 @@ func start(t *testing.T, args ...string) *vm {
 // launch runs a monitor, ours or another one.
 func launch(t *testing.T, program string, args ...string) *vm {
 	t.Helper()
+	return launchWith(t, nil, program, args...)
+}
+
+// launchWith runs a program that reads stdin.
+func launchWith(t *testing.T, stdin *os.File, program string, args ...string) *vm {
+	t.Helper()
 	v := &vm{t: t, console: newOutput(), stderr: newOutput(), exited: make(chan struct{})}
 	v.cmd = exec.Command(program, args...)
 	v.cmd.Stdout, v.cmd.Stderr = v.console, v.stderr
+	if stdin != nil {
+		v.cmd.Stdin = stdin
+	}
 	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := v.cmd.Start(); err != nil {
 		t.Fatal(err)
