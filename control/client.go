@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -27,20 +28,20 @@ type Client struct {
 	transport *http.Transport
 }
 
-// Dial makes a client of the machine called name. It fails with ErrNotRunning
-// if no process has that name.
+// Dial makes a client of the machine called name, or of the process that waits
+// for it. It fails with ErrNotRunning if there is neither.
 func (d RunDir) Dial(name string) (*Client, error) {
 	if err := ValidName(name); err != nil {
 		return nil, err
 	}
-	pid, err := d.find(name)
+	reached, pid, err := d.reach(name)
 	if err != nil {
 		return nil, err
 	}
 	if pid == 0 {
 		return nil, notRunning(name)
 	}
-	c := d.client(name)
+	c := d.client(reached)
 	c.pid = pid
 	return c, nil
 }
@@ -70,8 +71,11 @@ func (d RunDir) client(name string) *Client {
 // LUNs that a machine can have come to less.
 const maxAnswer = 64 << 20
 
-// Name is the machine's name.
-func (c *Client) Name() string { return c.name }
+// Name is the guest's name.
+func (c *Client) Name() string { return strings.TrimSuffix(c.name, incoming) }
+
+// Awaited says that this is the process that waits for the guest.
+func (c *Client) Awaited() bool { return strings.HasSuffix(c.name, incoming) }
 
 // Close drops the connection.
 func (c *Client) Close() { c.transport.CloseIdleConnections() }
@@ -86,15 +90,15 @@ func (c *Client) Explain(err error) error {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
 		// It has gone since Dial looked, or does not listen yet, or any more.
 		if pid, ferr := c.dir.find(c.name); ferr == nil && pid == 0 {
-			return notRunning(c.name)
+			return notRunning(c.Name())
 		}
-		return fmt.Errorf("guest %s does not answer: it is just starting or ending; try again (%w)", c.name, err)
+		return fmt.Errorf("guest %s does not answer: it is just starting or ending; try again (%w)", c.Name(), err)
 	case errors.As(err, &e) && e.Code() == connect.CodeDeadlineExceeded && !connect.IsWireError(err):
-		return fmt.Errorf("guest %s does not answer in time: its process may be stopped or overloaded", c.name)
+		return fmt.Errorf("guest %s does not answer in time: its process may be stopped or overloaded", c.Name())
 	case errors.As(err, &e):
-		return fmt.Errorf("guest %s: %s", c.name, e.Message())
+		return fmt.Errorf("guest %s: %s", c.Name(), e.Message())
 	}
-	return fmt.Errorf("guest %s: %w", c.name, err)
+	return fmt.Errorf("guest %s: %w", c.Name(), err)
 }
 
 // Process is the process of a machine, whose end can be waited for.
@@ -106,14 +110,14 @@ func (c *Client) WhenEnded() (*Process, error) {
 	fd, err := unix.PidfdOpen(c.pid, 0)
 	switch {
 	case err == unix.ESRCH:
-		return nil, notRunning(c.name)
+		return nil, notRunning(c.Name())
 	case err != nil:
-		return nil, fmt.Errorf("guest %s: pidfd_open of pid %d: %w", c.name, c.pid, err)
+		return nil, fmt.Errorf("guest %s: pidfd_open of pid %d: %w", c.Name(), c.pid, err)
 	}
 	// Had the process ended before, its number might be another's by now.
 	if pid, err := c.dir.find(c.name); err != nil || pid != c.pid {
 		unix.Close(fd)
-		return nil, errors.Join(notRunning(c.name), err)
+		return nil, errors.Join(notRunning(c.Name()), err)
 	}
 	return &Process{fd}, nil
 }

@@ -6,6 +6,7 @@
 //	server.go   the socket's server, safe against slow and hostile clients
 //	service.go  what its methods do
 //	console.go  those of the guest's console
+//	waiting.go  what they do where a guest is still to come
 //	client.go   how the commands ask
 //	message.go  from machine's values to the schema's messages
 //

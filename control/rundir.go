@@ -21,6 +21,10 @@ import (
 //	            process's id
 //	NAME.sock   where it serves its control API
 //
+// A process that waits for the guest called NAME has NAME.incoming.pid and
+// NAME.incoming.sock instead. It takes NAME beside them when a guest begins to
+// arrive, and gives them up when it runs; until then NAME is its promise alone.
+//
 // Whoever makes, judges or removes either has the directory's own lock, for
 // no longer than that takes. So a name that is locked belongs to a live
 // process, and nobody takes a machine that just begins for a dead one.
@@ -142,23 +146,44 @@ type Claim struct {
 }
 
 // Claim takes name for this process and listens on its socket. What a dead
-// process has left of that name is removed.
-func (d RunDir) Claim(name string) (*Claim, error) {
-	if err := ValidName(strings.TrimSuffix(name, incoming)); err != nil {
+// process has left of that name is removed. A name under which another process
+// waits for a guest is taken too.
+func (d RunDir) Claim(name string) (*Claim, error) { return d.claim(name, name, name+incoming) }
+
+// Await takes, for this process, the name under which it is reached while it
+// waits for the guest called name.
+func (d RunDir) Await(name string) (*Claim, error) { return d.claim(name, name+incoming, name) }
+
+// claim takes the name own, unless another process has that or other: the two
+// names of one guest, running and waited for.
+func (d RunDir) claim(guest, own, other string) (*Claim, error) {
+	if err := ValidName(guest); err != nil {
 		return nil, err
 	}
-	c := &Claim{dir: d, name: name}
+	c := &Claim{dir: d, name: own}
+	taken := func(name string, pid int) error {
+		who := fmt.Sprintf("pid %d", pid)
+		if pid < 0 {
+			who = "another process"
+		}
+		how := ErrRunning
+		if name != guest {
+			how = ErrAwaited
+		}
+		return fmt.Errorf("guest %s %w (%s): give this one another name, or stop that one (vmm stop %[1]s)", guest, how, who)
+	}
 	err := d.locked(func() error {
-		f, pid, err := d.holder(name)
+		if pid, err := d.judge(other); err != nil {
+			return err
+		} else if pid != 0 && pid != os.Getpid() {
+			return taken(other, pid)
+		}
+		f, pid, err := d.holder(own)
 		switch {
 		case err != nil:
 			return err
 		case pid != 0:
-			who := fmt.Sprintf("pid %d", pid)
-			if pid < 0 {
-				who = "another process"
-			}
-			return fmt.Errorf("guest %s %w (%s): give this one another name, or stop that one (vmm stop %[1]s)", name, ErrRunning, who)
+			return taken(own, pid)
 		}
 		c.pid = f
 		if err = f.Truncate(0); err == nil {
@@ -167,7 +192,7 @@ func (d RunDir) Claim(name string) (*Claim, error) {
 		if err != nil {
 			return fmt.Errorf("run directory: %w", err)
 		}
-		path := d.Socket(name)
+		path := d.Socket(own)
 		if len(path) > maxSocketPath {
 			return fmt.Errorf("control socket %s: its path has %d bytes, a unix socket's at most %d: give the guest a shorter name, or set VMM_RUN_DIR to a shorter directory", path, len(path), maxSocketPath)
 		}
@@ -193,6 +218,9 @@ func (d RunDir) Claim(name string) (*Claim, error) {
 
 // Name is what was claimed.
 func (c *Claim) Name() string { return c.name }
+
+// Dir is where it was claimed.
+func (c *Claim) Dir() RunDir { return c.dir }
 
 // maxSocketPath is the longest path of a unix socket, in bytes (unix(7)).
 const maxSocketPath = 107
@@ -222,14 +250,15 @@ func (d RunDir) remove(name string) error {
 	return errors.Join(errs...)
 }
 
-// Running is a machine that runs.
+// Running is a machine that runs, or is waited for.
 type Running struct {
-	Name string
-	Pid  int // -1 if it cannot be told
+	Name    string
+	Pid     int  // -1 if it cannot be told
+	Awaited bool // it has not come yet: the process waits for it
 }
 
-// List is every machine that runs, by name. What dead ones have left is
-// removed.
+// List is every machine that runs or is waited for, by name. What dead ones
+// have left is removed.
 func (d RunDir) List() ([]Running, error) {
 	var list []Running
 	err := d.locked(func() error {
@@ -247,13 +276,19 @@ func (d RunDir) List() ([]Running, error) {
 				return err
 			}
 			if pid != 0 {
-				list = append(list, Running{name, pid})
+				name, awaited := strings.CutSuffix(name, incoming)
+				list = append(list, Running{name, pid, awaited})
 			}
 		}
 		return nil
 	})
-	slices.SortFunc(list, func(a, b Running) int { return strings.Compare(a.Name, b.Name) })
-	return list, err
+	slices.SortFunc(list, func(a, b Running) int {
+		if a.Awaited != b.Awaited && a.Name == b.Name { // of one process, which waits
+			return map[bool]int{true: -1, false: 1}[a.Awaited]
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return slices.CompactFunc(list, func(a, b Running) bool { return a.Name == b.Name }), err
 }
 
 // judge is the pid of the live process that has name, else 0, with what it
@@ -267,11 +302,25 @@ func (d RunDir) judge(name string) (int, error) {
 	return 0, d.remove(name)
 }
 
-// find is the pid of the machine called name; 0 if none runs.
+// find is the pid of the process that has name; 0 if none has.
 func (d RunDir) find(name string) (pid int, err error) {
 	err = d.locked(func() (err error) {
 		pid, err = d.judge(name)
 		return err
 	})
 	return pid, err
+}
+
+// reach is the name under which the guest called name, or the process that
+// waits for it, is reached, and that process; pid is 0 if there is none.
+func (d RunDir) reach(name string) (reached string, pid int, err error) {
+	err = d.locked(func() error {
+		for _, reached = range []string{name + incoming, name} {
+			if pid, err = d.judge(reached); err != nil || pid != 0 {
+				return err
+			}
+		}
+		return nil
+	})
+	return reached, pid, err
 }

@@ -17,10 +17,17 @@ import (
 	vmmv1 "vmm/proto/vmm/v1"
 )
 
-// A process of its own claims a name and waits to be killed.
+// A process of its own claims a name, or one that ends in .incoming as who waits
+// for that, and waits to be killed.
 func TestMain(m *testing.M) {
 	if name := os.Getenv("CONTROL_TEST_CLAIM"); name != "" {
-		claim, err := RunDir(os.Getenv("CONTROL_TEST_DIR")).Claim(name)
+		dir := RunDir(os.Getenv("CONTROL_TEST_DIR"))
+		take := dir.Claim
+		name, awaited := strings.CutSuffix(name, incoming)
+		if awaited {
+			take = dir.Await
+		}
+		claim, err := take(name)
 		end := make(chan os.Signal, 1)
 		signal.Notify(end, os.Interrupt) // a process that waits for nothing at all is ended as deadlocked
 		fmt.Println(err)
@@ -57,7 +64,7 @@ func TestNameIsTakenOnce(t *testing.T) {
 		t.Errorf("Claim() = %v; want %q", err, want)
 	}
 	list, err := dir.List()
-	if err != nil || len(list) != 1 || list[0] != (Running{"web1", other.Process.Pid}) {
+	if err != nil || len(list) != 1 || list[0] != (Running{"web1", other.Process.Pid, false}) {
 		t.Errorf("List() = %v, %v", list, err)
 	}
 	if c, err := dir.Dial("web1"); err != nil {
@@ -88,6 +95,69 @@ func TestNameIsTakenOnce(t *testing.T) {
 	}
 	if _, err := dir.Dial("web1"); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("Dial() after Close = %v; want ErrNotRunning", err)
+	}
+}
+
+// A guest that is waited for is one guest, before it comes, while it arrives
+// and when it is there; its name is nobody else's meanwhile.
+func TestAwaitedName(t *testing.T) {
+	dir := runDir(t)
+	one := func(when string, pid int, awaited bool) {
+		t.Helper()
+		list, err := dir.List()
+		if err != nil || len(list) != 1 || list[0] != (Running{"web1", pid, awaited}) {
+			t.Errorf("%s: List() = %v, %v; want web1, awaited %v", when, list, err, awaited)
+		}
+		c, err := dir.Dial("web1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if c.Name() != "web1" || c.Awaited() != awaited {
+			t.Errorf("%s: Dial() = %s, awaited %v; want web1, %v", when, c.Name(), c.Awaited(), awaited)
+		}
+	}
+	in, err := dir.Await("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	one("before it comes", os.Getpid(), true)
+	if _, err := dir.Await("web1"); !errors.Is(err, ErrAwaited) {
+		t.Errorf("Await() twice = %v; want ErrAwaited", err)
+	}
+	here, err := dir.Claim("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	one("while it arrives", os.Getpid(), true)
+	if err := in.Close(); err != nil {
+		t.Error(err)
+	}
+	one("when it is there", os.Getpid(), false)
+	if err := here.Close(); err != nil {
+		t.Error(err)
+	}
+
+	other := otherProcess(t, dir, "web1"+incoming)
+	one("another process", other.Process.Pid, true)
+	want := fmt.Sprintf("guest web1 is waited for already (pid %d)", other.Process.Pid)
+	if _, err := dir.Claim("web1"); !errors.Is(err, ErrAwaited) || !strings.Contains(err.Error(), want) {
+		t.Errorf("Claim() of a name that another awaits = %v; want %q", err, want)
+	}
+	other.Process.Kill()
+	other.Wait()
+	other = otherProcess(t, dir, "web1")
+	one("another guest", other.Process.Pid, false)
+	if _, err := dir.Await("web1"); !errors.Is(err, ErrRunning) {
+		t.Errorf("Await() of one that runs = %v; want ErrRunning", err)
+	}
+	other.Process.Kill()
+	other.Wait()
+	if list, err := dir.List(); err != nil || len(list) != 0 {
+		t.Errorf("List() = %v, %v; want nobody", list, err)
+	}
+	if left, _ := filepath.Glob(string(dir) + "/web1*"); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
 	}
 }
 

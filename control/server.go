@@ -43,15 +43,20 @@ type Server struct {
 // NewServer makes a server on the socket that was claimed. version is that of
 // the program. The claim stays the caller's to close, after the server.
 func NewServer(c *Claim, m Machine, version string) *Server {
-	s := &Server{claim: c, served: make(chan struct{})}
 	service := &service{machine: m, dir: c.dir, version: version}
 	mux := http.NewServeMux()
-	mux.Handle(vmmv1connect.NewMachineServiceHandler(service,
-		connect.WithCodec(jsonCodec("json")), connect.WithCodec(jsonCodec("json; charset=utf-8")),
-		connect.WithCompression("gzip", nil, nil), // a local socket is faster than gzip
-		connect.WithReadMaxBytes(maxRequest)))
 	mux.HandleFunc("GET /events", service.eventLines)
 	mux.HandleFunc("GET "+consolePath, service.consoleText)
+	return newServer(c, service, mux)
+}
+
+// newServer serves service beside what mux serves already.
+func newServer(c *Claim, service vmmv1connect.MachineServiceHandler, mux *http.ServeMux, options ...connect.HandlerOption) *Server {
+	s := &Server{claim: c, served: make(chan struct{})}
+	mux.Handle(vmmv1connect.NewMachineServiceHandler(service, append(options,
+		connect.WithCodec(jsonCodec("json")), connect.WithCodec(jsonCodec("json; charset=utf-8")),
+		connect.WithCompression("gzip", nil, nil), // a local socket is faster than gzip
+		connect.WithReadMaxBytes(maxRequest))...))
 	s.http = http.Server{
 		Handler:           patient(mux),
 		ReadHeaderTimeout: readTime,

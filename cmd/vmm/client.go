@@ -34,7 +34,7 @@ func oneGuest(c *cobra.Command, args []string) error {
 	return validName(args[0])
 }
 
-// dial reaches a guest that runs.
+// dial reaches a guest that runs or is waited for.
 func dial(name string) (*control.Client, error) {
 	dir, err := control.DefaultRunDir()
 	if err != nil {

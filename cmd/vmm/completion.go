@@ -11,7 +11,7 @@ import (
 	"vmm/scsi/sg"
 )
 
-// completeGuest offers the names of the guests that run.
+// completeGuest offers the names of the guests that run or are waited for.
 func completeGuest(_ *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
@@ -19,7 +19,8 @@ func completeGuest(_ *cobra.Command, args []string, typed string) ([]string, cob
 	return runningNames(typed), cobra.ShellCompDirectiveNoFileComp
 }
 
-// runningNames are the guests that run and whose names begin with prefix.
+// runningNames are the guests that run or are waited for, and whose names begin
+// with prefix.
 func runningNames(prefix string) []string {
 	dir, err := control.DefaultRunDir()
 	if err != nil {

@@ -124,9 +124,9 @@ func detached(c *cobra.Command) *background {
 }
 
 // openLog opens the log of the guest called name, which is this process's own
-// by now.
+// by now. A second one does nothing.
 func (b *background) openLog(dir control.RunDir, name string) error {
-	if b == nil {
+	if b == nil || b.log != nil {
 		return nil
 	}
 	path := dir.Log(name)

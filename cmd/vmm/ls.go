@@ -25,7 +25,8 @@ func newLsCommand() *cobra.Command {
 		Short:   "List the guests that run",
 		Long: `Lists the guests of this user that run on this host. What guests that were
 killed have left in the run directory is removed on the way. A guest whose
-process does not answer within 2 seconds is listed as "not answering".`,
+process does not answer within 2 seconds is listed as "not answering"; one for which
+vmm receive waits, as "waiting".`,
 		Example: "  vmm ls\n  vmm ls -o json",
 		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -69,7 +70,11 @@ process does not answer within 2 seconds is listed as "not answering".`,
 			t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(t, "NAME\tSTATE\tCPUS\tMEMORY\tUPTIME\tPID")
 			for _, s := range list {
-				fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%d\n", s.Name, s.State, s.Cpus, sizeText(s.MemoryBytes), uptimeText(s.UptimeSeconds), s.Pid)
+				cpus, memory, uptime := fmt.Sprint(s.Cpus), sizeText(s.MemoryBytes), uptimeText(s.UptimeSeconds)
+				if s.Cpus == 0 { // not known
+					cpus, memory, uptime = "-", "-", "-"
+				}
+				fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%d\n", s.Name, s.State, cpus, memory, uptime, s.Pid)
 			}
 			return t.Flush()
 		},

@@ -43,6 +43,7 @@ not the guest's is refused while the guest still runs at its old host.
 Without --tls-dir only addresses of this host are allowed, unless --insecure says
 otherwise: whoever may connect may have a guest run here.
 
+While it waits vmm ls and vmm status show NAME as waiting, and vmm stop NAME ends that.
 With --detach it waits, and runs the guest, in the background, as vmm run --detach
 does; the command returns 0 when it waits.`,
 		Example: `  vmm receive web1 --listen tcp://0.0.0.0:4444 --tls-dir /etc/vmm/tls
@@ -111,10 +112,12 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	names := &claims{dir: dir}
+	waiting, giveUp := context.WithCancel(c.Context())
+	defer giveUp()
+	names := &claims{dir: dir, waiting: &control.Waiting{Address: address.String(), Stop: giveUp}}
 	defer func() { err = errors.Join(err, names.Close()) }()
 	if name != "" { // else the guest's own, when it comes
-		if err := names.take(name); err != nil {
+		if err := names.await(name); err != nil {
 			return err
 		}
 	}
@@ -131,7 +134,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	ctx, cancel := signal.NotifyContext(waiting, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer cancel()
 	cfg.Warn(fmt.Sprintf("waiting for a guest at %v", address))
 	if err := f.background.ready("%s waits in the background for a guest at %v (pid %d)", name, address, os.Getpid()); err != nil {
@@ -142,11 +145,16 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	// still have to hear that it is.
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
-	waiting := context.AfterFunc(ctx, end)
+	tied := context.AfterFunc(ctx, end)
 	got, err := migration.Receive(life, ln, reception, migration.ReceiveOptions{
 		StateDir: state,
-		Warn:     func(err error) { cfg.Warn(err.Error()) },
-		Survey:   func() *vmmv1.HostSurvey { return doctor.Survey(version) },
+		Warn: func(err error) {
+			cfg.Warn(err.Error())
+			if err := names.release(); err != nil {
+				cfg.Warn(err.Error())
+			}
+		},
+		Survey: func() *vmmv1.HostSurvey { return doctor.Survey(version) },
 	})
 	if err != nil {
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -154,7 +162,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 		}
 		return err
 	}
-	waiting()
+	tied()
 	cancel()
 	for _, l := range got.LUNs {
 		cfg.Warn(l.Sentence)
@@ -162,6 +170,9 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	arrival := got.Machine.(*machine.Arrival)
 	m := arrival.Machine()
 	defer func() { err = errors.Join(err, m.Close()) }()
+	if err := names.arrived(); err != nil {
+		cfg.Warn(err.Error())
+	}
 	err = f.supervise(c, names.claim, m, cfg.Warn, arrival.Wait)
 	// A guest that is gone needs no answer to whether it runs; the verdict that
 	// it did stays in the journal.
@@ -170,20 +181,49 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	return err
 }
 
-// claims is the name of a guest that is still to come: the first that it is
-// called by is claimed, and another one in its place.
+// claims are the names of a guest that is still to come: the one under which
+// this process is reached while it waits, and, while a guest arrives, the
+// guest's.
 type claims struct {
-	dir   control.RunDir
-	mu    sync.Mutex
-	name  string
-	claim *control.Claim
+	dir     control.RunDir
+	waiting *control.Waiting // nil: nobody waits, the guest is in a file
+
+	mu       sync.Mutex
+	incoming *control.Claim
+	server   *control.Server // on incoming
+	name     string
+	claim    *control.Claim
 }
 
+// await makes this process the one that waits for the guest called name, and
+// reachable as that.
+func (n *claims) await(name string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.awaitLocked(name)
+}
+
+func (n *claims) awaitLocked(name string) (err error) {
+	if n.incoming, err = n.dir.Await(name); err != nil {
+		return err
+	}
+	n.waiting.Name = name
+	n.server = control.NewWaitingServer(n.incoming, *n.waiting, version)
+	go n.server.Serve() // until arrived, or the end of the process
+	return nil
+}
+
+// take claims the name of a guest that begins to arrive.
 func (n *claims) take(name string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.claim != nil && n.name == name {
 		return nil
+	}
+	if n.incoming == nil && n.waiting != nil {
+		if err := n.awaitLocked(name); err != nil {
+			return err
+		}
 	}
 	claim, err := n.dir.Claim(name)
 	if err != nil {
@@ -196,11 +236,44 @@ func (n *claims) take(name string) error {
 	return err
 }
 
-func (n *claims) Close() error {
+// release gives up the name of a guest that did not arrive.
+func (n *claims) release() (err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.claim == nil {
+	if n.claim != nil {
+		err = n.claim.Close()
+		n.claim = nil
+	}
+	return err
+}
+
+// arrived ends the waiting: the guest is reached by its own name.
+func (n *claims) arrived() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.incoming == nil {
 		return nil
 	}
-	return n.claim.Close()
+	err := n.incoming.Close()
+	n.incoming = nil
+	go closeServer(n.server) // the guest's own does not wait for that
+	return err
+}
+
+// Close gives up all names.
+func (n *claims) Close() error {
+	n.mu.Lock()
+	if n.incoming != nil {
+		closeServer(n.server) // who asked for the end learns that it has come
+	}
+	n.mu.Unlock()
+	return errors.Join(n.arrived(), n.release())
+}
+
+// closeServer lets the last answers be taken. A client that does not take its
+// own is left behind.
+func closeServer(s *control.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
+	defer cancel()
+	_ = s.Close(ctx)
 }

@@ -206,9 +206,6 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, claim.Close()) }()
-	if err := f.background.openLog(dir, cfg.Name); err != nil {
-		return err
-	}
 	f.attach(c, &cfg)
 	if f.serial != "" {
 		if cfg.Serial, err = f.port(); err != nil {
@@ -323,6 +320,9 @@ func (f *foreground) port() (io.ReadWriteCloser, error) {
 // guest has ended: it serves the control API, types what a person types, and
 // presses the power button on a signal.
 func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machine.Machine, warn func(string), run func() error) error {
+	if err := f.background.openLog(claim.Dir(), claim.Name()); err != nil {
+		return err
+	}
 	server := control.NewServer(claim, m, version)
 	go func() {
 		if err := server.Serve(); err != nil {
@@ -330,10 +330,7 @@ func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machin
 		}
 	}()
 	defer func() {
-		// Whoever asked for the end learns that it has come.
-		ctx, cancel := context.WithTimeout(context.Background(), answerTime)
-		defer cancel()
-		_ = server.Close(ctx) // a client that does not take its answer is left behind
+		closeServer(server) // whoever asked for the end learns that it has come
 	}()
 	force := func() { _ = m.Stop() } // else it has ended by itself
 	f.background.readyWhenRunning(m, claim.Name())

@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"vmm/control"
 	vmmv1 "vmm/proto/vmm/v1"
 )
 
@@ -34,8 +35,11 @@ is asked: vmm pr show NAME does that.`,
 				return printMessage(out, s)
 			}
 			t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-			fmt.Fprintf(t, "name\t%s\nstate\t%s\nvCPUs\t%d, %s\nmemory\t%s\nuptime\t%s\npid\t%d\nversion\t%s\n",
-				s.Name, s.State, s.Cpus, s.CpuModel, sizeText(s.MemoryBytes), uptimeText(s.UptimeSeconds), s.Pid, s.Version)
+			fmt.Fprintf(t, "name\t%s\nstate\t%s\n", s.Name, s.State)
+			if s.State != control.StateWaiting {
+				fmt.Fprintf(t, "vCPUs\t%d, %s\nmemory\t%s\nuptime\t%s\n", s.Cpus, s.CpuModel, sizeText(s.MemoryBytes), uptimeText(s.UptimeSeconds))
+			}
+			fmt.Fprintf(t, "pid\t%d\nversion\t%s\n", s.Pid, s.Version)
 			if s.Migration != "" {
 				fmt.Fprintf(t, "migration\t%s\n", s.Migration)
 			}

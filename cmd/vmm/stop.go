@@ -27,7 +27,10 @@ func newStopCommand() *cobra.Command {
 		Long: `Presses the guest's power button and waits until it has shut down; after --timeout
 it is ended by force, as if its power cord had been pulled. Returns when the
 guest's process has given its disks and its name free. Interrupted, it leaves the
-guest to its shutdown, without force. The guest's reservations stay on the disks.`,
+guest to its shutdown, without force. The guest's reservations stay on the disks.
+
+Where vmm receive waits for a guest of that name, the waiting ends; one that is just
+arriving runs on at its old host.`,
 		Example:           "  vmm stop web1\n  vmm stop web1 --timeout 2m\n  vmm stop web1 --force",
 		Args:              oneGuest,
 		ValidArgsFunction: completeGuest,
@@ -65,6 +68,8 @@ guest to its shutdown, without force. The guest's reservations stay on the disks
 			}
 			how := "has powered off"
 			switch {
+			case client.Awaited():
+				how = "is not waited for any more"
 			case force:
 				how = "was ended by force"
 			case r.Forced:

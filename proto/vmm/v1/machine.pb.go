@@ -67,7 +67,8 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 type StatusResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// State is starting, running, paused or ended.
+	// State is waiting (the guest is to come from another host, and nothing else is
+	// known of it), starting, running, paused or ended.
 	State       string `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
 	Cpus        uint32 `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	MemoryBytes uint64 `protobuf:"varint,4,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
@@ -82,8 +83,8 @@ type StatusResponse struct {
 	// UptimeSeconds is the time since then, pauses included.
 	UptimeSeconds float64 `protobuf:"fixed64,9,opt,name=uptime_seconds,json=uptimeSeconds,proto3" json:"uptime_seconds,omitempty"`
 	Luns          []*Lun  `protobuf:"bytes,10,rep,name=luns,proto3" json:"luns,omitempty"`
-	// Migration says what stands about a migration away from here, or a save;
-	// empty: nothing.
+	// Migration says what stands about a migration, away from here or to here, or a
+	// save; empty: nothing.
 	Migration     string `protobuf:"bytes,11,opt,name=migration,proto3" json:"migration,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
