@@ -23,13 +23,51 @@ type migrations struct {
 	blocked error     // not nil: the guest must not run here
 
 	plugging int // LUNs that are being attached or detached
+	results  [len(migrationResults)]uint64
 }
 
-// outgoing is a migration under way. migrations.mu guards the first three.
+// Phases of a migration, and how one ends, as metrics name them.
+const (
+	phaseNone       = "none"
+	phasePreparing  = "preparing" // the disks are asked, the other host is dialled
+	phaseCopying    = "copying"
+	phaseHandedOver = "handed_over"
+	phaseSaving     = "saving"  // to a file, which is no migration but excludes one
+	phaseBlocked    = "blocked" // over, and the guest must not run here
+)
+
+var phases = []string{phaseNone, phasePreparing, phaseCopying, phaseHandedOver, phaseSaving, phaseBlocked}
+
+var migrationResults = [...]string{"succeeded", "failed", "blocked"}
+
+// metrics is the phase, how far the migration under way is, and how many ended
+// with which of migrationResults.
+func (m *migrations) metrics() (phase string, p migration.Progress, results [len(migrationResults)]uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch o := m.current; {
+	case m.blocked != nil:
+		phase = phaseBlocked
+	case o == nil:
+		phase = phaseNone
+	case o.to == "":
+		phase = phaseSaving
+	case o.progress.HandedOver != "":
+		phase, p = phaseHandedOver, o.progress
+	case o.progress.Round == 0:
+		phase = phasePreparing
+	default:
+		phase, p = phaseCopying, o.progress
+	}
+	return phase, p, m.results
+}
+
+// outgoing is a migration under way. migrations.mu guards the first four.
 type outgoing struct {
-	run    *migration.Outgoing // nil while the disks are asked before it, and of a save
-	giveUp func()
-	handed string // why nobody knows whether the guest runs at the other host
+	run      *migration.Outgoing // nil while the disks are asked before it, and of a save
+	giveUp   func()
+	handed   string             // why nobody knows whether the guest runs at the other host
+	progress migration.Progress // the last
 
 	to    string        // an address
 	doing string        // what is done to the guest
@@ -152,7 +190,7 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 	}
 	opts.Progress = func(p migration.Progress) {
 		s.migration.mu.Lock()
-		o.handed = p.HandedOver
+		o.handed, o.progress = p.HandedOver, p
 		s.migration.mu.Unlock()
 		progress(p)
 	}
@@ -220,6 +258,15 @@ func (m *migrations) end(o *outgoing) {
 	m.current = nil
 	if errors.Is(o.err, migration.ErrBlocked) || errors.Is(o.err, migration.ErrHandedOver) {
 		m.blocked = o.err
+	}
+	switch {
+	case o.to == "": // a save
+	case o.summary.ID != (migration.Summary{}).ID && o.err == nil:
+		m.results[0]++
+	case m.blocked == nil:
+		m.results[1]++
+	default:
+		m.results[2]++
 	}
 	close(o.ended)
 }

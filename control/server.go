@@ -46,6 +46,7 @@ func NewServer(c *Claim, m Machine, version string) *Server {
 	service := &service{machine: m, dir: c.dir, version: version}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /events", service.eventLines)
+	mux.Handle("GET "+MetricsPath, service.metricsHandler())
 	mux.HandleFunc("GET "+consolePath, service.consoleText)
 	return newServer(c, service, mux)
 }

@@ -17,6 +17,7 @@ import (
 // Machine is what the service controls: a *machine.Machine.
 type Machine interface {
 	Info() machine.Info
+	Metrics() machine.Metrics
 	State() machine.State
 	Pause(context.Context) error
 	Resume() error

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"vmm/memory"
 	"vmm/scsi/pr"
@@ -135,6 +136,8 @@ func ParseLUN(s string) (LUNConfig, error) {
 // is found out when it is opened.
 func (l *LUNConfig) Check() error {
 	switch {
+	case !utf8.ValidString(l.ID):
+		return fmt.Errorf("id %q: it must be UTF-8", l.ID)
 	case l.Path == "":
 		return errors.New("path=PATH is missing")
 	case l.Target < -1 || l.Target >= MaxTargets:

@@ -192,6 +192,7 @@ func (l *lun) settled(o pr.Outcome, attentions []scsi.Sense) {
 	for _, a := range attentions {
 		l.shared.Raise(a)
 	}
+	l.tracked.moved(o.Kind)
 	switch o.Kind {
 	case pr.Moved:
 		l.tracked.learn(pr.Tracked{Key: o.Key, Type: o.Type, Persist: l.persist})

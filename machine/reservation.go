@@ -164,6 +164,8 @@ type tracked struct {
 	flying  int  // commands that may change the reservation, sent and not back
 	overlap bool // there were two of them at one time since flying was 0
 	count   uint // of those sent and of those back
+	outs    map[ReservationCommand]uint64
+	moves   map[string]uint64 // takeovers, by how they ended
 }
 
 func (t *tracked) state() pr.Tracked {
@@ -278,6 +280,7 @@ func (t *tracked) follow(c *scsi.Command) {
 func (t *tracked) note(c *scsi.Command, list []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.counted(c)
 	// A command that a unit attention answers was not carried out (SAM-5
 	// 5.14): a guest's first one often is. It says nothing, and leaves no doubt.
 	attention := false

@@ -2,6 +2,7 @@ package machine
 
 import (
 	"fmt"
+	"sync/atomic"
 
 	"vmm/kvm"
 	"vmm/memory"
@@ -13,7 +14,18 @@ import (
 type vcpu struct {
 	m   *Machine
 	cpu *kvm.VCPU
+
+	exits [exitKinds]atomic.Uint64 // written by its thread alone
 }
+
+// Kinds of returns from KVM_RUN.
+const (
+	exitIO = iota
+	exitMMIO
+	exitIntr  // a signal: somebody stops the vCPU, or the runtime wants its thread
+	exitOther // one that ends the machine
+	exitKinds
+)
 
 // run is the goroutine. It returns when the gate says so.
 func (v *vcpu) run() {
@@ -59,7 +71,9 @@ func (v *vcpu) complete() {
 func (v *vcpu) exit(reason kvm.ExitReason) bool {
 	switch reason {
 	case kvm.ExitIntr:
+		v.exits[exitIntr].Add(1)
 	case kvm.ExitIO:
+		v.exits[exitIO].Add(1)
 		io, err := v.cpu.IO()
 		if err != nil {
 			v.m.fail(err)
@@ -74,6 +88,7 @@ func (v *vcpu) exit(reason kvm.ExitReason) bool {
 			}
 		}
 	case kvm.ExitMMIO:
+		v.exits[exitMMIO].Add(1)
 		access := v.cpu.MMIO()
 		if access.Write {
 			v.m.mmio.write(uint64(access.Addr), access.Data)
@@ -81,6 +96,7 @@ func (v *vcpu) exit(reason kvm.ExitReason) bool {
 			v.m.mmio.read(uint64(access.Addr), access.Data)
 		}
 	default:
+		v.exits[exitOther].Add(1)
 		v.m.fail(v.cpu.Explain(reason, v.m.readGuest))
 		return false
 	}

@@ -96,6 +96,8 @@ type SCSI struct {
 type target struct {
 	lun  scsi.LUN
 	busy bool // commands are put off: Detach waits for those in flight
+
+	stats []QueueStats // by request queue, each guarded by its lock
 }
 
 // NewSCSI makes a controller without targets.
@@ -237,11 +239,11 @@ func (s *SCSI) Start(a Activation) error {
 	}
 	// The driver may leave any queue alone: boot firmware uses one.
 	if q := a.Queues[scsiControlQueue]; q != nil {
-		live.control = newRequestQueue(live, q, "control queue", live.handleControl)
+		live.control = newRequestQueue(live, q, "control queue", -1, live.handleControl)
 	}
 	for i, q := range a.Queues[scsiFirstRequest:] {
 		if q != nil {
-			live.requests = append(live.requests, newRequestQueue(live, q, fmt.Sprintf("request queue %d", i), live.handleCommand))
+			live.requests = append(live.requests, newRequestQueue(live, q, fmt.Sprintf("request queue %d", i), i, live.handleCommand))
 		}
 	}
 	live.event = a.Queues[scsiEventQueue]

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sync"
+	"time"
 
 	"vmm/scsi"
 )
@@ -56,6 +57,8 @@ type request struct {
 	views  [][]byte                              // backs cmd's data buffers
 	dataIn int                                   // length of cmd.DataIn in bytes
 	cmd    scsi.Command
+	stats  *QueueStats   // what it counts for; nil: nothing
+	began  time.Duration // since started; 0: it is not timed
 
 	// Guarded by queue.mu.
 	arrival uint64 // the queue's count of requests when it came; 0 while free
@@ -69,6 +72,7 @@ type requestQueue struct {
 	*Queue
 	session *scsiSession
 	name    string
+	index   int                  // among the request queues; -1: the control queue
 	handle  func(*request) error // begins a request; an error: the driver broke a rule
 	spare   *request             // the worker's: what the next chain goes into
 
@@ -80,11 +84,12 @@ type requestQueue struct {
 	free     []*request // those that are not in flight
 }
 
-func newRequestQueue(l *scsiSession, q *Queue, name string, handle func(*request) error) *requestQueue {
+func newRequestQueue(l *scsiSession, q *Queue, name string, index int, handle func(*request) error) *requestQueue {
 	rq := &requestQueue{
 		Queue:    q,
 		session:  l,
 		name:     name,
+		index:    index,
 		handle:   handle,
 		requests: make([]request, q.Size()),
 		free:     make([]*request, 0, q.Size()),
@@ -155,6 +160,9 @@ func (q *requestQueue) enter(to address, id uint64) {
 	q.arrivals++
 	r.arrival, r.to, r.id = q.arrivals, to, id
 	q.mu.Unlock()
+	if r.stats, r.began = nil, 0; r.arrival%timedEvery == 1 && q.index >= 0 {
+		r.began = time.Since(started)
+	}
 }
 
 // leave gives a request back to the driver, its answer complete, and is the
@@ -165,6 +173,9 @@ func (q *requestQueue) leave(r *request, written int) {
 	q.Push(&r.chain, uint32(written))
 	q.Interrupt()
 	q.mu.Lock()
+	if r.stats != nil {
+		r.stats.count(r)
+	}
 	r.arrival = 0
 	q.free = append(q.free, r)
 	if q.waiting > 0 {
@@ -259,7 +270,7 @@ func (l *scsiSession) handleCommand(r *request) error {
 		c.Fail(scsi.Failure)
 		return nil
 	}
-	l.controller.dispatch(to, c)
+	l.controller.dispatch(to, r)
 	return nil
 }
 

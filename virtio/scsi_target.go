@@ -57,7 +57,7 @@ func (s *SCSI) Attach(number uint8, lun scsi.LUN) error {
 	case s.leaving[number]:
 		s.mu.Unlock()
 		return fmt.Errorf("virtio-scsi: target %d is still being detached", number)
-	case !s.targets[number].CompareAndSwap(nil, &target{lun: lun}):
+	case !s.targets[number].CompareAndSwap(nil, &target{lun: lun, stats: make([]QueueStats, s.cfg.Queues)}):
 		s.mu.Unlock()
 		return fmt.Errorf("virtio-scsi: target %d has a logical unit already", number)
 	}
@@ -74,7 +74,7 @@ func (s *SCSI) Attach(number uint8, lun scsi.LUN) error {
 // driver that runs has been told, or will be with certainty: one that has not
 // may take the next logical unit of that number for this one.
 func (s *SCSI) Detach(ctx context.Context, number uint8, last func() error) (told bool, err error) {
-	t, live, err := s.leave(number, func(t *target) *target { return &target{lun: t.lun, busy: true} })
+	t, live, err := s.leave(number, func(t *target) *target { return &target{lun: t.lun, stats: t.stats, busy: true} })
 	if err != nil {
 		return false, err
 	}
@@ -169,7 +169,8 @@ func (s *SCSI) Changed(number uint8, what scsi.Sense) {
 }
 
 // dispatch gives a command to whoever answers it.
-func (s *SCSI) dispatch(to address, c *scsi.Command) {
+func (s *SCSI) dispatch(to address, r *request) {
+	c := &r.cmd
 	switch to.kind {
 	case reportLUNs:
 		s.wellKnown(c)
@@ -188,9 +189,11 @@ func (s *SCSI) dispatch(to address, c *scsi.Command) {
 			noSuchLUN(c)
 			return
 		case t.busy:
+			r.stats = &t.stats[r.queue.index]
 			c.Busy()
 			return
 		default:
+			r.stats = &t.stats[r.queue.index]
 			t.lun.Submit(c)
 			return
 		}

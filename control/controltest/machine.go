@@ -11,7 +11,9 @@ import (
 	"time"
 
 	"vmm/machine"
+	"vmm/scsi"
 	"vmm/scsi/pr"
+	"vmm/virtio"
 )
 
 // Machine implements control.Machine. It runs from the beginning. Its fields
@@ -55,6 +57,23 @@ func (m *Machine) Info() machine.Info {
 		Name: m.Name, State: state, CPUs: 2, Memory: 1 << 30, CPU: machine.CPUHost, Started: time.Now().Add(-time.Minute),
 		LUNs: slices.Clone(m.luns),
 	}
+}
+
+// Metrics has something of everything.
+func (m *Machine) Metrics() machine.Metrics {
+	x := machine.Metrics{Exits: []map[string]uint64{{"io": 3, "mmio": 2}, {"io": 1}}}
+	for _, l := range m.Info().LUNs {
+		q := virtio.QueueStats{Reads: 5, Writes: 4, Others: 1, ReadBytes: 5 * 4096, WriteBytes: 4 * 512, Conflicts: 1, LatencySum: 3 * time.Millisecond}
+		q.Senses[scsi.UnitAttention] = 2
+		q.Outcomes[scsi.Completed], q.Outcomes[scsi.Aborted] = 9, 1
+		q.Latency[0], q.Latency[2], q.Latency[virtio.LatencyBuckets] = 2, 1, 1
+		x.LUNs = append(x.LUNs, machine.LUNMetrics{
+			ID: l.ID, Queues: []virtio.QueueStats{q, {}},
+			Reservations: map[machine.ReservationCommand]uint64{{Action: "register", Result: "good"}: 1},
+			Takeovers:    map[string]uint64{"moved": 1},
+		})
+	}
+	return x
 }
 
 // Attach makes a software disk of whatever it is given.
