@@ -37,9 +37,9 @@ func TestSCSIEvents(t *testing.T) {
 	attach := func(r *scsiRig) { r.attach(7, scsitest.Null{}) }
 	change := func(r *scsiRig) { r.dev.Changed(7, scsi.CapacityChanged) }
 	detach := func(r *scsiRig) { r.dev.Detach(t.Context(), 7, func() error { return nil }) }
-	added := scsiEvent{scsiTransportReset, unit0(7), scsiReasonRescan}
-	removed := scsiEvent{scsiTransportReset, unit0(7), scsiReasonRemoved}
-	changed := scsiEvent{scsiParamChange, unit0(7), 0x092a}
+	added := scsiEvent{scsiTransportReset, [8]byte{1, 7}, scsiReasonRescan}
+	removed := scsiEvent{scsiTransportReset, [8]byte{1, 7}, scsiReasonRemoved}
+	changed := scsiEvent{scsiParamChange, [8]byte{1, 7}, 0x092a}
 	for _, test := range []struct {
 		name     string
 		features uint64

@@ -44,9 +44,13 @@ func parseAddress(b [8]byte) address {
 	return address{}
 }
 
-// unitAddress is how the controller names LUN 0 of a target, in the form that
-// Linux uses too.
+// unitAddress is how the controller names LUN 0 of a target in a list, in the
+// form that Linux uses in its requests.
 func unitAddress(target uint8) [8]byte { return [8]byte{1, target, 0x40} }
+
+// eventAddress is how an event names it. Linux takes the second two bytes for
+// the number as they are: with flat space addressing LUN 0 would be its 16384.
+func eventAddress(target uint8) [8]byte { return [8]byte{1, target} }
 
 // Attach makes lun logical unit 0 of a target that does not exist yet, and
 // tells a running driver, which scans for it. The caller goes on owning lun
@@ -63,7 +67,7 @@ func (s *SCSI) Attach(number uint8, lun scsi.LUN) error {
 	}
 	s.inventory()
 	s.mu.Unlock()
-	s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRescan)
+	s.events.send(scsiTransportReset, eventAddress(number), scsiReasonRescan)
 	return nil
 }
 
@@ -91,7 +95,7 @@ func (s *SCSI) Detach(ctx context.Context, number uint8, last func() error) (tol
 	s.targets[number].Store(nil)
 	s.inventory()
 	s.mu.Unlock()
-	return s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRemoved), nil
+	return s.events.send(scsiTransportReset, eventAddress(number), scsiReasonRemoved), nil
 }
 
 // Remove takes a target away at once. The driver is told (see Detach), and its
@@ -102,7 +106,7 @@ func (s *SCSI) Remove(number uint8) (told bool, back <-chan struct{}, err error)
 	if err != nil {
 		return false, nil, err
 	}
-	told = s.events.send(scsiTransportReset, unitAddress(number), scsiReasonRemoved)
+	told = s.events.send(scsiTransportReset, eventAddress(number), scsiReasonRemoved)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -165,7 +169,7 @@ func (l *scsiSession) drain(ctx context.Context, number uint8) error {
 // have changed: what is the additional sense code of the unit attention that
 // says the same, for example scsi.CapacityChanged.
 func (s *SCSI) Changed(number uint8, what scsi.Sense) {
-	s.events.send(scsiParamChange, unitAddress(number), uint32(what.ASC)|uint32(what.ASCQ)<<8)
+	s.events.send(scsiParamChange, eventAddress(number), uint32(what.ASC)|uint32(what.ASCQ)<<8)
 }
 
 // dispatch gives a command to whoever answers it.
