@@ -22,7 +22,7 @@ func (h host) examineTLS(dir string) []Finding {
 	if dir == "" {
 		return []Finding{{"tls", OK, "no --tls-dir was given: guests migrate by unix sockets and this host's own addresses", ""}}
 	}
-	const mendFiles = "docs/migration.md says how to make the three files"
+	const mendFiles = "docs/quickstart.md says how to make the three files"
 	if _, err := migration.LoadCertificates(dir); err != nil {
 		mend := mendFiles
 		if errors.Is(err, os.ErrPermission) {

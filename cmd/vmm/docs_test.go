@@ -1,0 +1,246 @@
+package main
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"vmm/doctor"
+	"vmm/migration"
+)
+
+// document is a page of documentation in Markdown.
+type document struct {
+	path  string
+	text  string
+	lines []string // of code blocks, continued lines joined
+	spans []string // of code within a sentence
+}
+
+// documents are all pages, with their code taken out.
+func documents(t *testing.T) []document {
+	t.Helper()
+	paths, err := filepath.Glob("../../docs/*.md")
+	if err != nil || len(paths) < 5 {
+		t.Fatalf("pages %v, %v; the test looks in the wrong place", paths, err)
+	}
+	var pages []document
+	for _, path := range append(paths, "../../README.md", "../../CHANGELOG.md") {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := document{path: filepath.Base(path), text: string(b)}
+		var code, prose strings.Builder
+		fenced, after := false, true // after: an indented line would begin a block
+		for line := range strings.Lines(d.text) {
+			switch trimmed := strings.TrimSpace(line); {
+			case strings.HasPrefix(trimmed, "```"):
+				fenced = !fenced
+				after = true
+				continue
+			case fenced:
+				code.WriteString(line)
+			case after && strings.HasPrefix(line, "    "):
+				code.WriteString(line)
+			default:
+				prose.WriteString(line)
+				after = trimmed == ""
+			}
+		}
+		d.lines = joined(code.String())
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(prose.String(), -1) {
+			d.spans = append(d.spans, strings.Join(strings.Fields(m[1]), " "))
+		}
+		pages = append(pages, d)
+	}
+	return pages
+}
+
+// before is what may stand before a command's name.
+var before = regexp.MustCompile(`^\s*(\$ )?(sudo (-u \w+ )?)?([A-Z_]+=\S+ )*(\.build/)?`)
+
+// Whatever command line the documentation shows, the program understands: a
+// flag that is renamed or an argument that is no longer taken fails here.
+func TestDocumentedCommands(t *testing.T) {
+	makefile, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown, mentioned := 0, 0
+	for _, d := range documents(t) {
+		targets := func(line string) {
+			args, _ := words(line)
+			for _, target := range args[1:] {
+				if !strings.Contains(target, "=") && !regexp.MustCompile(`(?m)^`+regexp.QuoteMeta(target)+`:`).Match(makefile) {
+					t.Errorf("%s: %s: the Makefile has no %s", d.path, line, target)
+				}
+			}
+		}
+		for _, line := range d.lines {
+			line = before.ReplaceAllString(line, "")
+			switch {
+			case strings.HasPrefix(line, "vmm "):
+				shown++
+				if err := understood(line, false); err != nil {
+					t.Errorf("%s: %v", d.path, err)
+				}
+			case strings.HasPrefix(line, "make "):
+				targets(line)
+			}
+		}
+		for _, span := range d.spans {
+			span = before.ReplaceAllString(span, "")
+			switch {
+			case strings.HasPrefix(span, "vmm "):
+				mentioned++
+				if err := understood(span, true); err != nil {
+					t.Errorf("%s: `%s`: %v", d.path, span, err)
+				}
+			case strings.HasPrefix(span, "make "):
+				targets(span)
+			}
+		}
+	}
+	if shown < 20 || mentioned < 20 {
+		t.Errorf("%d command lines and %d mentions of commands found in the documentation; the test does not see them", shown, mentioned)
+	}
+}
+
+// Links within the repository lead somewhere.
+func TestDocumentedLinks(t *testing.T) {
+	for _, d := range documents(t) {
+		dir := "../../docs"
+		if d.path == "README.md" || d.path == "CHANGELOG.md" {
+			dir = "../.."
+		}
+		for _, m := range regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`).FindAllStringSubmatch(d.text, -1) {
+			if _, err := os.Stat(filepath.Join(dir, m[1])); err != nil {
+				t.Errorf("%s: link to %s: %v", d.path, m[1], err)
+			}
+		}
+	}
+}
+
+// literals are all texts in the product's code, those that are written in
+// several pieces put together.
+func literals(t *testing.T) []string {
+	t.Helper()
+	var all []string
+	var whole func(e ast.Expr) (string, bool)
+	whole = func(e ast.Expr) (string, bool) {
+		switch e := e.(type) {
+		case *ast.BasicLit:
+			s, err := strconv.Unquote(e.Value)
+			return s, e.Kind == token.STRING && err == nil
+		case *ast.BinaryExpr:
+			x, ok := whole(e.X)
+			y, ok2 := whole(e.Y)
+			return x + y, e.Op == token.ADD && ok && ok2
+		}
+		return "", false
+	}
+	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == ".build" || d.Name() == ".git" || d.Name() == "tests" || d.Name() == "tools"):
+			return filepath.SkipDir
+		case !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go"):
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			if e, ok := n.(ast.Expr); ok {
+				if s, ok := whole(e); ok {
+					all = append(all, s)
+				}
+			}
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// Each message that the page on troubleshooting quotes is one of the
+// program's. What differs from case to case is an ellipsis there.
+func TestQuotedMessages(t *testing.T) {
+	text, err := os.ReadFile("../../docs/troubleshooting.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	quoted := regexp.MustCompile("(?m)^#{2,3} `(.*)`$").FindAllStringSubmatch(string(text), -1)
+	if len(quoted) < 15 {
+		t.Fatalf("%d messages quoted; the test does not see them", len(quoted))
+	}
+	all := literals(t)
+	for _, q := range quoted {
+		for part := range strings.SplitSeq(q[1], "…") {
+			part = strings.Trim(part, " ")
+			found := part == ""
+			for _, s := range all {
+				found = found || strings.Contains(s, part)
+			}
+			if !found {
+				t.Errorf("troubleshooting.md quotes %q, and nothing in the code says %q", q[1], part)
+			}
+		}
+		if len(strings.Trim(q[1], "… :")) < 7 {
+			t.Errorf("troubleshooting.md quotes %q: too little to be found", q[1])
+		}
+	}
+}
+
+// The commands that make TLS files, as they stand, make files that two hosts
+// can use.
+func TestDocumentedCertificates(t *testing.T) {
+	needTool(t, "openssl")
+	dir := t.TempDir()
+	for _, d := range documents(t) {
+		if d.path != "quickstart.md" {
+			continue
+		}
+		script := "set -e\n"
+		for _, line := range d.lines {
+			line = strings.TrimSpace(line)
+			if strings.HasPrefix(line, "openssl ") || strings.HasPrefix(line, "HOST=") || strings.HasPrefix(line, "chmod 600 key.pem") {
+				script += line + "\n"
+			}
+		}
+		c := exec.Command("bash", "-c", script)
+		c.Dir = dir
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", script, err, out)
+		}
+	}
+	if _, err := migration.LoadCertificates(dir); err != nil {
+		t.Fatal(err)
+	}
+	tls := 0
+	for _, f := range doctor.Examine(t.Context(), doctor.Options{TLSDir: dir}).Findings {
+		if strings.HasPrefix(f.Name, "tls") {
+			tls++
+			if f.Verdict == doctor.Fail || f.Verdict == doctor.Warn && f.Name != "tls names" { // this host is not the one in the text
+				t.Errorf("%s: %s: %s (%s)", f.Verdict, f.Name, f.Detail, f.Mend)
+			}
+		}
+	}
+	if tls < 4 {
+		t.Errorf("%d findings about TLS; want every one", tls)
+	}
+}
