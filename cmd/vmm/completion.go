@@ -42,7 +42,7 @@ func runningNames(prefix string) []string {
 // Flags whose values are files, and those whose values are directories, in
 // every command that has them.
 var (
-	fileFlags      = map[string][]string{"kernel": nil, "initrd": nil, "serial": nil, "config": {"yaml", "yml"}}
+	fileFlags      = map[string][]string{"kernel": nil, "initrd": nil, "serial": nil, "from": nil, "config": {"yaml", "yml"}}
 	directoryFlags = map[string]bool{"tls-dir": true}
 	valueFlags     = map[string]cobra.CompletionFunc{
 		"output": cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp),
