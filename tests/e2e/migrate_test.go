@@ -48,13 +48,18 @@ func registrants(t *testing.T, n *lio.Nexus) string {
 	return local(t, "sg_persist -n -i -s "+n.SG+" | grep -v generation")
 }
 
-// intruder writes by a nexus that may not, until it is stopped: a write that
-// succeeds is an error.
+// intruder writes by a nexus that may not, until it is stopped, or the test
+// has failed: a write that succeeds is an error.
 func intruder(t *testing.T, n *lio.Nexus) (stop func() (refused int)) {
 	t.Helper()
 	done := make(chan struct{})
 	var wg sync.WaitGroup
 	refused := 0
+	end := sync.OnceFunc(func() {
+		close(done)
+		wg.Wait()
+	})
+	t.Cleanup(end) // before the LUN, and its reservation, go
 	wg.Go(func() {
 		for {
 			select {
@@ -74,8 +79,7 @@ func intruder(t *testing.T, n *lio.Nexus) (stop func() (refused int)) {
 		}
 	})
 	return func() int {
-		close(done)
-		wg.Wait()
+		end()
 		return refused
 	}
 }
