@@ -33,7 +33,7 @@ type arrival struct {
 
 	readers  sync.WaitGroup
 	conns    []net.Conn
-	bytes    atomic.Uint64 // that came over data connections
+	bytes    atomic.Uint64 // of pages and attachments that came: the link lives
 	marks    chan mark
 	count    map[uint32]int // channels that have ended a round
 	round    uint32         // complete, acknowledged
@@ -684,6 +684,7 @@ func (a *arrival) attach(c *vmmv1.AttachmentChunk) error {
 		return errProtocol("%d bytes more of attachment %s, which lacks %d", len(c.Data), f.name, f.left)
 	}
 	f.left -= uint64(len(c.Data))
+	a.bytes.Add(uint64(len(c.Data)))
 	f.hash.Write(c.Data)
 	if err := a.machine.Attach(int(c.Attachment), c.Data); err != nil {
 		return fmt.Errorf("attachment %s: %w", f.name, err)

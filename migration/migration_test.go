@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"flag"
+	"io"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -84,6 +85,36 @@ func TestMigrate(t *testing.T) {
 
 func attachment(name string, data []byte) Attachment {
 	return Attachment{Name: name, Size: int64(len(data)), SHA256: sha256.Sum256(data), Data: bytes.NewReader(data)}
+}
+
+// slowReader is a file on a slow disk, or behind a slow link.
+type slowReader struct {
+	io.ReaderAt
+	takes time.Duration
+}
+
+func (r slowReader) ReadAt(b []byte, at int64) (int, error) {
+	time.Sleep(r.takes)
+	return r.ReaderAt.ReadAt(b, at)
+}
+
+// A kernel and an initrd may take longer than a link may be silent: as long as
+// they come, the link is not.
+func TestSlowAttachment(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, 1<<20)
+	idle := 1500 * time.Millisecond
+	r.recv.Deadlines.Idle = idle
+	a := attachment("initrd", bytes.Repeat([]byte("initrd"), 200_000)) // five messages
+	a.Data = slowReader{a.Data, idle / 3}
+	r.src.files = []Attachment{a}
+	arrived := r.receiving()
+	if _, err := r.migrate(); err != nil {
+		t.Fatalf("with an attachment that takes %v, where %v of silence are allowed: %v", 5*idle/3, idle, err)
+	}
+	if d := (<-arrived).Machine.(*fakeDest); int64(d.files[0].Len()) != a.Size {
+		t.Errorf("%d bytes of the attachment arrived; want %d", d.files[0].Len(), a.Size)
+	}
 }
 
 // A page that becomes zero clears what came earlier, and a round is never
