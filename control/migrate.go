@@ -283,6 +283,9 @@ func options(r *vmmv1.MigrateRequest) (migration.Options, error) {
 	if err != nil {
 		return o, err
 	}
+	if o.Local = r.Local; o.Local && address.Network != "unix" {
+		return o, fmt.Errorf("address %v: memory can be handed over by a unix socket alone, unix:///PATH", address)
+	}
 	security := migration.Security{Insecure: r.Insecure}
 	if r.TlsDir != "" {
 		if security.TLS, err = migration.LoadCertificates(r.TlsDir); err != nil {

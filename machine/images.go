@@ -57,13 +57,21 @@ func (m *Machine) hashImages() (*vmmv1.BootState, error) {
 	return &s, err
 }
 
-// acceptImages takes the images of a guest that arrives.
+// acceptImages takes the files of a guest that arrives.
 func (m *Machine) acceptImages(in *Incoming) {
 	take := func(i *Image) (boot.File, *vmmv1.Image) {
 		if c, ok := i.Data.(io.Closer); ok {
 			m.onClose(c.Close)
 		}
 		return boot.File{Name: i.Name, Data: i.Data, Size: i.Size}, &vmmv1.Image{Name: i.Name, Size: uint64(i.Size), Sha256: i.SHA256[:]}
+	}
+	if m.handed = in.Memory; m.handed != nil {
+		m.onClose(func() error {
+			if m.handed == nil { // it is ram's by now
+				return nil
+			}
+			return m.handed.Close()
+		})
 	}
 	var s vmmv1.BootState
 	if in.Kernel != nil {

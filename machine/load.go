@@ -3,6 +3,7 @@ package machine
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"vmm/boot"
 	"vmm/kvm"
@@ -30,6 +31,9 @@ type Incoming struct {
 	// the machine. Without a kernel the guest
 	// runs all the same, and ends where it asks for a reset.
 	Kernel, Initrd *Image
+	// Memory, if not nil, is the guest's memory itself. NewIncoming takes it
+	// over, an error or not.
+	Memory *os.File
 }
 
 // NewIncoming builds a machine for a guest that arrives: Load makes it that

@@ -30,6 +30,7 @@ type Machine struct {
 	kernel  boot.File
 	initrd  *boot.File // nil without
 	ram     *memory.RAM
+	handed  *os.File // what ram will be made of; nil: of nothing
 	vm      *kvm.VM
 	vcpus   []*vcpu
 	ports   bus
@@ -200,7 +201,13 @@ func cause(err error) error {
 }
 
 func (m *Machine) makeMemory() (err error) {
-	if m.ram, err = memory.New(m.cfg.Memory); err != nil {
+	if file := m.handed; file != nil {
+		m.handed = nil
+		m.ram, err = memory.Adopt(file, m.cfg.Memory)
+	} else {
+		m.ram, err = memory.New(m.cfg.Memory)
+	}
+	if err != nil {
 		return err
 	}
 	m.onClose(m.ram.Close)

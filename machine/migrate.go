@@ -265,7 +265,7 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 		}
 	}
 	a := &Arrival{done: make(chan struct{})}
-	in := Incoming{Requirements: offer.Requirements}
+	in := Incoming{Requirements: offer.Requirements, Memory: offer.Memory}
 	for _, f := range offer.Attachments {
 		image, err := a.expect(f, cfg)
 		if err != nil {

@@ -30,7 +30,7 @@ func counts() asm {
 }
 
 // receiving waits for a guest at a Unix socket and answers the dialler to it.
-func receiving(t *testing.T, r *Reception) (dial func(context.Context) (net.Conn, error), arrived func() *Arrival) {
+func receiving(t *testing.T, r migration.Host, state string) (dial func(context.Context) (net.Conn, error), arrived func() *Arrival) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
 	ln, err := net.Listen("unix", path)
@@ -44,7 +44,7 @@ func receiving(t *testing.T, r *Reception) (dial func(context.Context) (net.Conn
 	}
 	done := make(chan result, 1)
 	go func() {
-		a, err := migration.Receive(ctx, ln, r, migration.ReceiveOptions{StateDir: r.StateDir, Warn: func(err error) { t.Logf("receive: %v", err) }})
+		a, err := migration.Receive(ctx, ln, r, migration.ReceiveOptions{StateDir: state, Warn: func(err error) { t.Logf("receive: %v", err) }})
 		done <- result{a, err}
 	}()
 	t.Cleanup(cancel)
@@ -56,6 +56,9 @@ func receiving(t *testing.T, r *Reception) (dial func(context.Context) (net.Conn
 			got := <-done
 			if got.err != nil {
 				t.Fatalf("Receive() = %v", got.err)
+			}
+			if w, ok := got.a.Machine.(watchedArrival); ok {
+				got.a.Machine = w.Destination
 			}
 			a := got.a.Machine.(*Arrival)
 			t.Cleanup(func() {
@@ -109,7 +112,7 @@ func TestGuestMigrates(t *testing.T) {
 		Config:   Config{Console: console, RunDir: t.TempDir(), LUNs: []LUNConfig{{ID: "data", Path: image, Initiator: "host2"}}, Warn: func(s string) { t.Logf("destination: %s", s) }},
 		StateDir: state,
 	}
-	dial, arrived := receiving(t, r)
+	dial, arrived := receiving(t, r, r.StateDir)
 	summary, err := outgoing(t, m, dial, state)
 	if err != nil {
 		t.Fatalf("migration = %v", err)
@@ -177,7 +180,7 @@ func TestMigrationRefused(t *testing.T) {
 	dial, _ := receiving(t, &Reception{
 		Config:   Config{RunDir: t.TempDir(), LUNs: []LUNConfig{{ID: "data", Path: "/dev/null"}}},
 		StateDir: t.TempDir(),
-	})
+	}, t.TempDir())
 	_, err := outgoing(t, m, dial, t.TempDir())
 	if !errors.Is(err, migration.ErrRefused) || !strings.Contains(err.Error(), "no LUN of that id") {
 		t.Errorf("migration = %v; want it refused for --lun id=data", err)

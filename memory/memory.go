@@ -74,6 +74,48 @@ func New(size uint64) (*RAM, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Who gets the file maps it without fear of SIGBUS, and may not bar others
+	// from mapping it.
+	if _, err := unix.FcntlInt(file.Fd(), unix.F_ADD_SEALS, seals|unix.F_SEAL_SEAL); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("guest memory: seal its size: %w", err)
+	}
+	return mapped(file, size)
+}
+
+// seals keep the memory's size what it is (fcntl(2), File Sealing).
+const seals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW
+
+// Adopt makes RAM of the memfd of another process's RAM: from here on both
+// have the same bytes. It takes the file over, an error or not, and refuses one
+// that is not of this size, or that could become shorter.
+func Adopt(file *os.File, size uint64) (*RAM, error) {
+	fail := func(format string, args ...any) (*RAM, error) {
+		file.Close()
+		return nil, fmt.Errorf("guest memory that was handed over: "+format, args...)
+	}
+	if size == 0 || size%PageSize != 0 {
+		return fail("%d bytes are no multiple of the page size %d", size, PageSize)
+	}
+	have, err := unix.FcntlInt(file.Fd(), unix.F_GET_SEALS, 0)
+	if err != nil {
+		return fail("its seals: %w", err)
+	}
+	if have&seals != seals {
+		return fail("its size is not sealed (seals %#x)", have)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
+		return fail("fstat: %w", err)
+	}
+	if st.Size < 0 || uint64(st.Size) != size {
+		return fail("it has %d bytes, and the guest %d", st.Size, size)
+	}
+	return mapped(file, size)
+}
+
+// mapped is RAM over a memfd.
+func mapped(file *os.File, size uint64) (*RAM, error) {
 	mapping, err := sys.MapShared(int(file.Fd()), 0, int(size))
 	if err != nil {
 		file.Close()

@@ -3,9 +3,11 @@ package memory
 import (
 	"errors"
 	"math"
+	"os"
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
 
@@ -216,5 +218,47 @@ func BenchmarkMarkDirty(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		r.MarkDirty(5<<20, 4096)
+	}
+}
+
+// Another mapping of the same file is the same memory, and one whose size could
+// change is none.
+func TestAdopt(t *testing.T) {
+	r := newRAM(t, 2*PageSize)
+	dup := func() *os.File {
+		fd, err := unix.FcntlInt(r.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return os.NewFile(uintptr(fd), "dup")
+	}
+	again, err := Adopt(dup(), 2*PageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	a, _ := r.Slice(PageSize, 4)
+	b, _ := again.Slice(PageSize, 4)
+	copy(a, "same")
+	if string(b) != "same" {
+		t.Errorf("the adopted memory has %q; want \"same\"", b)
+	}
+	if err := r.File().Truncate(PageSize); err == nil {
+		t.Error("the memory can shrink")
+	}
+	if _, err := unix.FcntlInt(r.File().Fd(), unix.F_ADD_SEALS, unix.F_SEAL_FUTURE_WRITE); err == nil {
+		t.Error("somebody can bar others from mapping it")
+	}
+	if err := r.Discard(PageSize, PageSize); err != nil {
+		t.Errorf("Discard of sealed memory = %v", err)
+	}
+	for _, size := range []uint64{0, 1, PageSize, 3 * PageSize} {
+		f := dup()
+		if _, err := Adopt(f, size); err == nil {
+			t.Errorf("Adopt of %d bytes as %d succeeded", 2*PageSize, size)
+		}
+		if err := f.Close(); err == nil {
+			t.Errorf("Adopt as %d bytes left the file open", size)
+		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,8 @@ type arrival struct {
 	why   error
 
 	hello    *vmmv1.Hello
+	local    bool        // memory is handed over
+	handed   *fileReader // what came beside Hello
 	machine  Destination
 	luns     []*LUN
 	pairs    []*pr.Pair
@@ -60,6 +63,7 @@ type mark struct {
 
 func (a *arrival) run(ctx context.Context, h *hello) (*Arrival, error) {
 	defer a.r.end()
+	defer a.handed.close()
 	a.link = newLink(h.conn, h.id, a.r.opts.Deadlines.Idle)
 	a.marks = make(chan mark)
 	a.count = map[uint32]int{}
@@ -111,7 +115,7 @@ func (a *arrival) offer(ctx context.Context, m *vmmv1.StreamMessage) error {
 }
 
 // features are those that a source may ask for.
-var features = map[string]bool{}
+var features = map[string]bool{featureLocal: true}
 
 // Bounds of an offer. Host.Prepare bounds memory and vCPUs.
 const (
@@ -131,7 +135,8 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 			return fmt.Errorf("the source needs the feature %q, which this destination does not know; use the same version of vmm on both hosts", f)
 		}
 	}
-	if h.Config == nil || h.Channels < 1 || h.Channels > MaxChannels || len(h.Luns) > maxLUNs || len(h.Attachments) > maxAttachments {
+	a.local = slices.Contains(h.Features, featureLocal)
+	if h.Config == nil || (h.Channels < 1) != a.local || h.Channels > MaxChannels || len(h.Luns) > maxLUNs || len(h.Attachments) > maxAttachments {
 		return errProtocol("an offer with %d channels, %d LUNs, %d attachments", h.Channels, len(h.Luns), len(h.Attachments))
 	}
 	offer := Offer{ID: a.id, Config: h.Config, Requirements: h.Requirements, Saved: saved}
@@ -149,8 +154,16 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 	ctx, done := context.WithTimeout(ctx, a.r.opts.Deadlines.Connect)
 	defer done()
 	var err error
+	if a.local {
+		if offer.Memory, err = a.handed.take(); err != nil {
+			return err
+		}
+	}
 	if a.machine, err = a.r.host.Prepare(ctx, offer); err != nil {
 		a.machine = nil
+		if offer.Memory != nil {
+			offer.Memory.Close()
+		}
 		return err
 	}
 	a.luns = a.machine.LUNs()
@@ -177,6 +190,9 @@ func (a *arrival) sameMemory() error {
 	}
 	if !same {
 		return fmt.Errorf("the guest's memory map at the source is not the one that this destination makes: %v", a.hello.Regions)
+	}
+	if a.local {
+		return nil
 	}
 	for _, reg := range regions {
 		if err := ram.Discard(reg.GPA, uint64(len(reg.Bytes))); err != nil {
@@ -422,6 +438,7 @@ func (a *arrival) linger(ctx context.Context) {
 		case h := <-a.r.control:
 			a.r.refuse(h.conn, h.id, "the guest that this destination waited for has arrived")
 			h.conn.Close()
+			h.files.close()
 			a.r.end()
 		case id := <-a.r.acked:
 			if id == a.id {
@@ -637,7 +654,7 @@ func (a *arrival) receive(m *vmmv1.StreamMessage) error {
 		if err := a.attached(); err != nil {
 			return err
 		}
-		if b.State.Machine == nil || b.State.LastRound == 0 || b.State.LastRound < a.round {
+		if b.State.Machine == nil || (b.State.LastRound == 0) != a.local || b.State.LastRound < a.round {
 			return errProtocol("round %d is to be the last after round %d", b.State.LastRound, a.round)
 		}
 		a.saved, a.last = b.State.Machine, b.State.LastRound

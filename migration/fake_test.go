@@ -225,11 +225,17 @@ func (h *fakeHost) Prepare(_ context.Context, o Offer) (Destination, error) {
 	if h.refuse != nil {
 		return nil, h.refuse
 	}
-	ram, err := memory.New(h.size)
+	var ram *memory.RAM
+	var err error
+	if o.Memory != nil {
+		ram, err = memory.Adopt(o.Memory, h.size)
+	} else {
+		ram, err = memory.New(h.size)
+	}
 	if err != nil {
 		return nil, err
 	}
-	if view, err := ram.Slice(0, 5); err == nil {
+	if view, err := ram.Slice(0, 5); err == nil && o.Memory == nil {
 		copy(view, "stale") // what the machine was built with is not the guest's
 	}
 	d := &fakeDest{h: h, ram: ram, closed: make(chan struct{}), files: make([]bytes.Buffer, len(o.Attachments))}

@@ -187,6 +187,14 @@ func padded(b []byte) (p [16]byte) {
 }
 
 func (l *link) send(m *vmmv1.StreamMessage) error {
+	return l.put(m, func(b []byte) error {
+		_, err := l.conn.Write(b)
+		return err
+	})
+}
+
+// put has write write the bytes of a message.
+func (l *link) put(m *vmmv1.StreamMessage, write func([]byte) error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	m.Id = l.id[:]
@@ -198,8 +206,7 @@ func (l *link) send(m *vmmv1.StreamMessage) error {
 	if err := l.conn.SetWriteDeadline(time.Now().Add(l.write)); err != nil {
 		return err
 	}
-	_, err = l.conn.Write(b)
-	return err
+	return write(b)
 }
 
 // close ends the link and waits for its reader.

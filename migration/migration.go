@@ -37,6 +37,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"vmm/memory"
@@ -101,6 +102,10 @@ type Offer struct {
 	LUNs         []OfferedLUN
 	// Saved says that the guest comes from a snapshot: it runs nowhere else.
 	Saved bool
+	// Memory, if not nil, is the memfd of the guest's memory, to be used as it
+	// is and not to be written to before Run. Who returns a Destination has
+	// taken it over. It may be of any size, and its seals are to be checked.
+	Memory *os.File
 	// Attachments have the sizes that the source claims.
 	Attachments []Attachment
 }
@@ -119,7 +124,8 @@ type OfferedLUN struct{ ID, Identity string }
 
 // Destination is a machine that a guest moves into.
 type Destination interface {
-	// RAM has the regions of the source's. What it holds is thrown away.
+	// RAM has the regions of the source's. What it holds is thrown away, unless
+	// it was handed over (Offer.Memory).
 	RAM() *memory.RAM
 	// LUNs are in the order of the offer.
 	LUNs() []*LUN

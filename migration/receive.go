@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -77,7 +78,7 @@ func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOption
 			d.conn.Close()
 		case <-r.acked:
 		case h := <-r.control:
-			a := &arrival{r: r, id: h.id, state: listening}
+			a := &arrival{r: r, id: h.id, state: listening, handed: h.files}
 			arrived, err := a.run(ctx, h)
 			if err == nil {
 				answered := make(chan struct{})
@@ -122,9 +123,10 @@ type receiver struct {
 
 // hello is a control connection with its first message.
 type hello struct {
-	conn net.Conn
-	id   ID
-	m    *vmmv1.StreamMessage
+	conn  net.Conn
+	id    ID
+	m     *vmmv1.StreamMessage
+	files *fileReader // what came beside it; nil: nothing can have
 }
 
 type dataConn struct {
@@ -187,7 +189,17 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 		case <-ctx.Done():
 		}
 	case roleControl:
-		m, err := readMessage(conn, maxHello)
+		in, files := io.Reader(conn), (*fileReader)(nil)
+		if u, ok := conn.(*net.UnixConn); ok {
+			files = &fileReader{conn: u}
+			in = files
+		}
+		defer func() {
+			if !handed {
+				files.close()
+			}
+		}()
+		m, err := readMessage(in, maxHello)
 		if err != nil || kindOf(m) != kindHello || ID(padded(m.Id)) != p.id || p.id == (ID{}) {
 			return
 		}
@@ -205,7 +217,7 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 			return
 		}
 		select {
-		case r.control <- &hello{conn, p.id, m}:
+		case r.control <- &hello{conn, p.id, m, files}:
 			handed = true
 		case <-ctx.Done():
 		}

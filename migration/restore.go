@@ -106,6 +106,9 @@ func (r *restoring) parse(ctx context.Context, in *snapshotReader) error {
 		return err
 	}
 	r.hello = m.GetHello()
+	if len(r.hello.Features) > 0 { // none that concern a file are known
+		return errProtocol("a snapshot with features %q", r.hello.Features)
+	}
 	if err := r.prepare(ctx, true); err != nil {
 		return err
 	}

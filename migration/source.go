@@ -33,6 +33,10 @@ type Options struct {
 	// Timeout ends a migration whose guest has not stopped by then; 0: never.
 	Timeout   time.Duration
 	Deadlines Deadlines
+	// Local hands the guest's memory itself to a destination on this host, which
+	// Dial reaches by a unix socket. Channels, Downtime, MaxBandwidth and
+	// Timeout do not matter then.
+	Local bool
 	// Journal is where a LUN's intent is noted before the guest is handed
 	// over. It may be nil if no LUN has reservations.
 	Journal *pr.Journal
@@ -173,7 +177,11 @@ func (o *Outgoing) migrate() error {
 	if err := o.refuse(); err != nil {
 		return err
 	}
-	for _, phase := range []func() error{o.negotiate, o.attach, o.copy, o.stop, o.hand} {
+	move := o.copy
+	if o.opts.Local {
+		move = o.switchLocal
+	}
+	for _, phase := range []func() error{o.negotiate, o.attach, move, o.stop, o.hand} {
 		if err := phase(); err != nil {
 			return err
 		}
@@ -223,7 +231,15 @@ func (o *Outgoing) negotiate() error {
 	}
 	o.link = newLink(conn, o.id, o.opts.Deadlines.Idle)
 	hello := offerOf(o.src, o.opts.Channels)
-	if err := o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}}); err != nil {
+	if o.opts.Local {
+		hello.Channels, hello.Features = 0, []string{featureLocal}
+	}
+	if o.opts.Local {
+		err = o.handMemory(hello)
+	} else {
+		err = o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}})
+	}
+	if err != nil {
 		return err
 	}
 	if err := o.wait(o.opts.Deadlines.Connect, func() bool { return o.state != offered }); err != nil {
@@ -234,7 +250,7 @@ func (o *Outgoing) negotiate() error {
 	}
 	o.pages = &pump{ram: o.src.RAM()}
 	o.pages.limit.set(o.opts.MaxBandwidth)
-	for i := range o.opts.Channels {
+	for i := range hello.Channels {
 		conn, err := o.open(ctx, preamble{role: roleData, channel: uint8(i)})
 		if err != nil {
 			return fmt.Errorf("data connection %d: %w", i, err)
@@ -408,6 +424,21 @@ func (o *Outgoing) sendProgress() error {
 func (o *Outgoing) switchOver(log DirtyLog) error {
 	o.unthrottle()
 	o.pages.limit.set(0)
+	if err := o.halt(uint32(o.rounds + 1)); err != nil {
+		return err
+	}
+	at := time.Now()
+	if _, err := log.Collect(); err != nil {
+		return err
+	}
+	err := o.sendRound(log, time.Now().Add(o.opts.Deadlines.Ready))
+	o.down.Pages = time.Since(at)
+	return err
+}
+
+// halt stops the guest and sends its state. The reservations are read while
+// the last pages, if any, are on their way.
+func (o *Outgoing) halt(lastRound uint32) error {
 	ctx, done := context.WithTimeout(o.life, o.opts.Deadlines.Drain)
 	defer done()
 	o.pausedAt = time.Now()
@@ -422,18 +453,12 @@ func (o *Outgoing) switchOver(log DirtyLog) error {
 		return fmt.Errorf("save the guest's state: %w", err)
 	}
 	o.down.Save = time.Since(at)
-	blob := &vmmv1.FinalState{Machine: machine, LastRound: uint32(o.rounds + 1)}
+	blob := &vmmv1.FinalState{Machine: machine, LastRound: lastRound}
 	if err := o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_State{State: blob}}); err != nil {
 		return err
 	}
-	o.take() // reads the reservations while the last pages are on their way
-	at = time.Now()
-	if _, err := log.Collect(); err != nil {
-		return err
-	}
-	err = o.sendRound(log, time.Now().Add(o.opts.Deadlines.Ready))
-	o.down.Pages = time.Since(at)
-	return err
+	o.take()
+	return nil
 }
 
 // take starts the reservations' machines.
@@ -493,7 +518,11 @@ func (o *Outgoing) settle() error {
 		case taken():
 			return o.forced()
 		case err != nil && !errors.Is(err, errLate):
-			return fmt.Errorf("%w: %s; 'vmm resume --force' takes it back if the destination is dead, 'vmm stop' gives it up", ErrHandedOver, o.doubt())
+			way := "'vmm resume --force' takes it back if the destination is dead, 'vmm stop' gives it up"
+			if o.opts.Local {
+				way = errShared.Error()
+			}
+			return fmt.Errorf("%w: %s; %s", ErrHandedOver, o.doubt(), way)
 		case o.asking:
 		case o.link == nil || time.Now().After(asked):
 			o.ask()
@@ -848,6 +877,10 @@ func (o *Outgoing) event(late <-chan time.Time) error {
 	case done := <-force:
 		if o.state != handed {
 			done <- errors.New("the guest was not handed over: cancel the migration instead")
+			return nil
+		}
+		if o.opts.Local {
+			done <- errShared
 			return nil
 		}
 		o.forcing = done

@@ -40,6 +40,7 @@ type migrateFlags struct {
 	maxBandwidth string
 	timeout      time.Duration
 	cancel       bool
+	local        bool
 }
 
 func newMigrateCommand() *cobra.Command {
@@ -86,6 +87,7 @@ what became of each disk's reservation, and vmm run ends here with status 0.`,
 	fs.DurationVar(&f.downtime, "downtime", migration.DefaultDowntime, "how long the guest may stand still")
 	fs.StringVar(&f.maxBandwidth, "max-bandwidth", "0", "bytes per second while the guest runs, as in 100M; 0: unbounded")
 	fs.DurationVar(&f.timeout, "timeout", 0, "give up if the guest has not been stopped by then; 0: never")
+	fs.BoolVar(&f.local, "local", false, "hand the memory itself to a process of this host, by a unix socket, instead of copying it")
 	fs.BoolVar(&f.cancel, "cancel", false, "give up the migration that is under way")
 	f.format.addFlag(c)
 	return c
@@ -96,8 +98,12 @@ func (f *migrateFlags) request(address string) (*vmmv1.MigrateRequest, error) {
 	bad := func(flag string, err error) (*vmmv1.MigrateRequest, error) {
 		return nil, usageError{fmt.Errorf("--%s: %w", flag, err)}
 	}
-	if _, err := migration.ParseAddress(address); err != nil {
+	to, err := migration.ParseAddress(address)
+	if err != nil {
 		return nil, usageError{err}
+	}
+	if f.local && to.Network != "unix" {
+		return bad("local", fmt.Errorf("%v: memory can be handed over by a unix socket alone, as in unix:///run/vmm/incoming", to))
 	}
 	if f.channels < 1 || f.channels > migration.MaxChannels {
 		return bad("channels", fmt.Errorf("%d: give 1 to %d", f.channels, migration.MaxChannels))
@@ -114,7 +120,7 @@ func (f *migrateFlags) request(address string) (*vmmv1.MigrateRequest, error) {
 	}
 	return &vmmv1.MigrateRequest{
 		Address: address, TlsDir: absolute(f.tls.dir), Insecure: f.tls.insecure, Peer: f.peer, Channels: uint32(f.channels),
-		DowntimeMs: uint64(f.downtime.Milliseconds()), MaxBandwidth: bandwidth, TimeoutMs: uint64(f.timeout.Milliseconds()),
+		DowntimeMs: uint64(f.downtime.Milliseconds()), MaxBandwidth: bandwidth, TimeoutMs: uint64(f.timeout.Milliseconds()), Local: f.local,
 	}, nil
 }
 

@@ -1309,7 +1309,10 @@ type MigrateRequest struct {
 	MaxBandwidth uint64 `protobuf:"varint,7,opt,name=max_bandwidth,json=maxBandwidth,proto3" json:"max_bandwidth,omitempty"`
 	// TimeoutMs gives the migration up if the guest has not stopped by then; 0:
 	// never.
-	TimeoutMs     uint64 `protobuf:"varint,8,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	TimeoutMs uint64 `protobuf:"varint,8,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	// Local hands the memory itself to a process of this host, by a unix socket.
+	// The fields from channels on, and TLS, do not matter then.
+	Local         bool `protobuf:"varint,9,opt,name=local,proto3" json:"local,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1398,6 +1401,13 @@ func (x *MigrateRequest) GetTimeoutMs() uint64 {
 		return x.TimeoutMs
 	}
 	return 0
+}
+
+func (x *MigrateRequest) GetLocal() bool {
+	if x != nil {
+		return x.Local
+	}
+	return false
 }
 
 // MigrateResponse is one step of a migration.
@@ -2602,7 +2612,7 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"\x04type\x18\x02 \x01(\rR\x04type\x12\x14\n" +
 	"\x05aptpl\x18\x03 \x01(\bR\x05aptpl\x12\x12\n" +
 	"\x04spc2\x18\x04 \x01(\bR\x04spc2\x12\x14\n" +
-	"\x05doubt\x18\x05 \x01(\bR\x05doubt\"\xf4\x01\n" +
+	"\x05doubt\x18\x05 \x01(\bR\x05doubt\"\x8a\x02\n" +
 	"\x0eMigrateRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x17\n" +
 	"\atls_dir\x18\x02 \x01(\tR\x06tlsDir\x12\x1a\n" +
@@ -2613,7 +2623,8 @@ const file_vmm_v1_machine_proto_rawDesc = "" +
 	"downtimeMs\x12#\n" +
 	"\rmax_bandwidth\x18\a \x01(\x04R\fmaxBandwidth\x12\x1d\n" +
 	"\n" +
-	"timeout_ms\x18\b \x01(\x04R\ttimeoutMs\"\x88\x01\n" +
+	"timeout_ms\x18\b \x01(\x04R\ttimeoutMs\x12\x14\n" +
+	"\x05local\x18\t \x01(\bR\x05local\"\x88\x01\n" +
 	"\x0fMigrateResponse\x127\n" +
 	"\bprogress\x18\x01 \x01(\v2\x19.vmm.v1.MigrationProgressH\x00R\bprogress\x124\n" +
 	"\asummary\x18\x02 \x01(\v2\x18.vmm.v1.MigrationSummaryH\x00R\asummaryB\x06\n" +
