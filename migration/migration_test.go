@@ -287,7 +287,7 @@ func TestConvergence(t *testing.T) {
 
 func TestTimeout(t *testing.T) {
 	r := newRig(t, 8<<20)
-	r.opts.Downtime, r.opts.Timeout = time.Nanosecond, 200*time.Millisecond
+	r.opts.Downtime, r.opts.Timeout = time.Nanosecond, time.Second
 	v := uint64(0)
 	r.src.busy = func() {
 		for v++; r.src.write(v%2048, v) && v%1500 != 0; v++ {

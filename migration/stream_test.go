@@ -180,7 +180,7 @@ func TestPagesDoNotAllocate(t *testing.T) {
 	whole := recorded(t, ram, run{0, ram.Size()})
 	in := bytes.NewReader(whole)
 	p := &pageReader{r: in, ram: newRAM(t, 1<<20)}
-	if n := testing.AllocsPerRun(10, func() {
+	if n := testing.AllocsPerRun(100, func() {
 		in.Reset(whole)
 		if _, err := p.next(); err != nil {
 			t.Fatal(err)
@@ -196,7 +196,7 @@ func TestPagesDoNotAllocate(t *testing.T) {
 		}
 	}
 	send()
-	if n := testing.AllocsPerRun(10, send); n > 1 { // net.Buffers' header escapes
+	if n := testing.AllocsPerRun(100, send); n > 1 { // net.Buffers' header escapes
 		t.Errorf("sending a frame of 256 runs allocates %v times", n)
 	}
 }

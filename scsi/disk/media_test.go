@@ -97,6 +97,7 @@ func TestQuickRead(t *testing.T) {
 		f := &memFile{data: pattern(1, 1<<20)}
 		l := newMem(t, f, Options{})
 		do(t, l, synchronizeCache, nil, 0) // makes a worker
+		synctest.Wait()                    // until it is idle again
 		for _, test := range []struct {
 			name  string
 			cdb   []byte
