@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"vmm/scsi"
@@ -326,18 +325,6 @@ type Task struct {
 	Port    *Port
 	Ledger  Ledger
 	Tell    func(Msg) error // called from a goroutine of its own
-}
-
-// RunAll runs every task until it waits or is over, all at the same time, and
-// says which of the two each does. The deadline of all of them is ctx's.
-func RunAll(ctx context.Context, tasks []Task) []StepKind {
-	at := make([]StepKind, len(tasks))
-	var wg sync.WaitGroup
-	for i, t := range tasks {
-		wg.Go(func() { at[i] = t.Port.Run(ctx, t.Machine, t.Ledger, t.Tell) })
-	}
-	wg.Wait()
-	return at
 }
 
 // ErrLeftover says that this host's nexus is registered already.

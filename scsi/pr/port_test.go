@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -373,35 +372,6 @@ func TestPreflight(t *testing.T) {
 		}
 		if got, was := show(x.target), before; got != was && !tt.target.NoFullStatus {
 			t.Errorf("%q: %s became %s", tt.disk, was, got)
-		}
-	}
-}
-
-// All LUNs at the same time: each is answered only when every other has sent.
-func TestRunAll(t *testing.T) {
-	const n = 5
-	var all sync.WaitGroup
-	all.Add(n)
-	var tasks []Task
-	var machines [n]Recovery
-	for i := range n {
-		x := newPair(t, Quirks{}, nil)
-		run(t, x.target, "A register 0 aa 0")
-		first := true
-		x.src.hook = func([]byte) *Answer {
-			if first {
-				first = false
-				all.Done()
-				all.Wait()
-			}
-			return nil
-		}
-		machines[i] = NewRecovery(x.pair, keyA, false)
-		tasks = append(tasks, Task{Machine: &machines[i], Port: &x.sPort, Ledger: x.journal.For(Entry{LUN: "l"})})
-	}
-	for i, at := range RunAll(context.Background(), tasks) {
-		if at != Finish || machines[i].Outcome().Kind != NothingHeld {
-			t.Errorf("LUN %d: step %d, %s", i, at, machines[i].Outcome().Sentence("LUN"))
 		}
 	}
 }
