@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"io"
 	"math/big"
 	"net"
 	"os"
@@ -238,6 +239,59 @@ func TestStrangers(t *testing.T) {
 		t.Errorf("after all that: %v", err)
 	}
 	<-arrived
+}
+
+// Whoever connects and comes to nothing leaves a word with the operator.
+func TestComplaints(t *testing.T) {
+	hello := preamble{role: roleControl, id: NewID()}.bytes()
+	for _, tt := range []struct {
+		name  string
+		first []byte
+		want  string
+	}{
+		{"a web browser", []byte("GET / HTTP/1.1\r\nHost: a-name-that-is-long-enough\r\n\r\n"), `begins with "GET / HT"; this is no migration`},
+		{"half a preamble", hello[:20], "a connection came to nothing: it had not said what it is for after 100ms"},
+		{"no offer", hello, "it had not offered its guest after 100ms"},
+		{"another message", append(hello[:len(hello):len(hello)], 0, 0, 0, 0), "as the first message"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, 1<<20)
+			r.recv.Deadlines.Connect = 100 * time.Millisecond
+			said := make(chan string, 1)
+			r.recv.Warn = func(err error) { said <- err.Error() }
+			r.recv.GivenUp = func() { t.Error("a migration was given up, and none had begun") }
+			r.receiving()
+			for _, b := range [][]byte{nil, tt.first} { // who says nothing is not worth a word
+				conn, err := net.Dial(r.listen.Network, r.listen.Address)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := conn.Write(b); err != nil {
+					t.Fatal(err)
+				}
+				if b == nil {
+					conn.Close()
+				} else {
+					defer conn.Close()
+				}
+			}
+			if got := <-said; !strings.Contains(got, tt.want) {
+				t.Errorf("the destination says %q; want %q", got, tt.want)
+			}
+		})
+	}
+	// Not more often than that: it may be anybody, any number of times.
+	var spoken int
+	r := &receiver{opts: ReceiveOptions{Warn: func(error) { spoken++ }}, complained: time.Now().Add(time.Hour)}
+	a, _ := net.Pipe()
+	r.complain(t.Context(), a, io.EOF)
+	if spoken != 0 {
+		t.Error("it speaks again at once")
+	}
+	r.complained = time.Time{}
+	if r.complain(t.Context(), a, io.EOF); spoken != 1 {
+		t.Error("it does not speak again later")
+	}
 }
 
 // What a destination has said about a migration stays true, whoever asks again.

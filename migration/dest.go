@@ -386,7 +386,7 @@ func (a *arrival) move(ctx context.Context) (*Arrival, error) {
 	for _, x := range a.takeover.luns {
 		// The registration is the running guest's: no recovery may remove it.
 		// An entry that stays is settled by looking, and by the verdict.
-		if err := x.Erase(); err != nil && a.r.opts.Warn != nil {
+		if err := x.Erase(); err != nil {
 			a.r.opts.Warn(err)
 		}
 	}
@@ -450,7 +450,7 @@ func (a *arrival) linger(ctx context.Context) {
 			return
 		}
 	}
-	if err := a.r.verdicts.forget(a.id); err != nil && a.r.opts.Warn != nil {
+	if err := a.r.verdicts.forget(a.id); err != nil {
 		a.r.opts.Warn(err)
 	}
 }
@@ -515,7 +515,7 @@ func (a *arrival) tearDown() {
 		<-a.loaded
 	}
 	if a.machine != nil {
-		if err := a.machine.Close(); err != nil && a.r.opts.Warn != nil {
+		if err := a.machine.Close(); err != nil {
 			a.r.opts.Warn(err)
 		}
 	}

@@ -20,8 +20,13 @@ type ReceiveOptions struct {
 	Deadlines Deadlines
 	// Progress, if not nil, is told what the source says of its progress.
 	Progress func(Progress)
-	// Warn is told why a migration that began came to nothing.
+	// Warn is told what the operator should know: why a migration, or a
+	// connection before it was one, came to nothing. Several goroutines may
+	// call it at a time.
 	Warn func(error)
+	// GivenUp, if not nil, is called when a migration that began has come to
+	// nothing: what Host.Prepare has claimed for its guest is free.
+	GivenUp func()
 	// Survey, if not nil, describes this host to whoever asks before any
 	// migration. It is called once at a time, also while a guest arrives.
 	Survey func() *vmmv1.HostSurvey
@@ -45,6 +50,9 @@ type Arrival struct {
 // handed over, and cannot run here.
 func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOptions) (*Arrival, error) {
 	opts.Deadlines = opts.Deadlines.withDefaults()
+	if opts.Warn == nil {
+		opts.Warn = func(error) {}
+	}
 	j, err := openJournal(opts.StateDir)
 	if err != nil {
 		ln.Close()
@@ -94,8 +102,9 @@ func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOption
 				stop()
 				return nil, err
 			}
-			if opts.Warn != nil {
-				opts.Warn(fmt.Errorf("migration %v: %w", h.id, err))
+			opts.Warn(fmt.Errorf("migration %v: %w", h.id, err))
+			if opts.GivenUp != nil {
+				opts.GivenUp()
 			}
 		}
 	}
@@ -114,9 +123,10 @@ type receiver struct {
 	acked   chan ID    // a source knows the result
 	failed  chan error // the listener's
 
-	mu      sync.Mutex
-	current ID     // of the migration under way; zero: none
-	doubt   string // what a question about it is answered
+	mu         sync.Mutex
+	current    ID        // of the migration under way; zero: none
+	doubt      string    // what a question about it is answered
+	complained time.Time // when complain last spoke
 
 	surveying sync.Mutex // held while the host is looked at
 }
@@ -150,6 +160,7 @@ func (r *receiver) accept(ctx context.Context, ln net.Listener) {
 		select {
 		case greeted <- struct{}{}:
 		default:
+			r.complain(ctx, conn, fmt.Errorf("%d others have not said yet what they are for", maxGreeted))
 			conn.Close()
 			continue
 		}
@@ -176,6 +187,9 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 	}
 	p, err := readPreamble(conn)
 	if err != nil {
+		if !errors.Is(err, io.EOF) { // it left without a word, as who looks whether a port is open
+			r.complain(ctx, conn, r.late(err, "said what it is for"))
+		}
 		return
 	}
 	switch p.role {
@@ -200,7 +214,11 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 			}
 		}()
 		m, err := readMessage(in, maxHello)
-		if err != nil || kindOf(m) != kindHello || ID(padded(m.Id)) != p.id || p.id == (ID{}) {
+		if err == nil && (kindOf(m) != kindHello || ID(padded(m.Id)) != p.id || p.id == (ID{})) {
+			err = errProtocol("%v as the first message", kindOf(m))
+		}
+		if err != nil {
+			r.complain(ctx, conn, r.late(err, "offered its guest"))
 			return
 		}
 		// What was said about a migration once stays true.
@@ -226,6 +244,38 @@ func (r *receiver) greet(ctx context.Context, conn net.Conn) {
 	case roleSurvey:
 		r.describe(conn)
 	}
+}
+
+// late says what a connection had not done by the deadline of its beginning,
+// if that is what err is.
+func (r *receiver) late(err error, done string) error {
+	if isTimeout(err) {
+		return fmt.Errorf("it had not %s after %v", done, r.opts.Deadlines.Connect)
+	}
+	return whyLost(err)
+}
+
+// complaintGap bounds what whoever reaches the address can have us say.
+const complaintGap = time.Second
+
+// complain tells why a connection came to nothing, unless it has just told of
+// another one, or this side ends them all.
+func (r *receiver) complain(ctx context.Context, conn net.Conn, why error) {
+	r.mu.Lock()
+	now := time.Now()
+	speak := now.Sub(r.complained) >= complaintGap && ctx.Err() == nil
+	if speak {
+		r.complained = now
+	}
+	r.mu.Unlock()
+	if !speak {
+		return
+	}
+	from := ""
+	if a, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+		from = " from " + a.String()
+	}
+	r.opts.Warn(fmt.Errorf("a connection%s came to nothing: %w", from, why))
 }
 
 func (r *receiver) begin(id ID) bool {

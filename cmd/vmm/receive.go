@@ -148,8 +148,8 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	tied := context.AfterFunc(ctx, end)
 	got, err := migration.Receive(life, ln, reception, migration.ReceiveOptions{
 		StateDir: state,
-		Warn: func(err error) {
-			cfg.Warn(err.Error())
+		Warn:     func(err error) { cfg.Warn(err.Error()) },
+		GivenUp: func() {
 			if err := names.release(); err != nil {
 				cfg.Warn(err.Error())
 			}
