@@ -66,6 +66,79 @@ func TestInsecure(t *testing.T) {
 	}
 }
 
+// A socket that a killed process has left is in nobody's way, and one that is
+// in use, or no socket, stays.
+func TestListenUnix(t *testing.T) {
+	a := Address{"unix", filepath.Join(t.TempDir(), "in")}
+	leave := func() {
+		t.Helper()
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: a.Address, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.SetUnlinkOnClose(false)
+		ln.Close()
+	}
+	leave()
+	ln, err := Listen(a, Security{}, nil)
+	if err != nil {
+		t.Fatalf("beside a socket that nobody listens on: %v", err)
+	}
+	if info, err := os.Stat(a.Address); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the socket is %v, %v; want mode 600", info, err)
+	}
+	if _, err := Listen(a, Security{}, nil); err == nil || !strings.Contains(err.Error(), "another process listens there") {
+		t.Errorf("a second listener: %v", err)
+	}
+	conn, err := net.Dial("unix", a.Address)
+	if err != nil {
+		t.Fatalf("the first listener has lost its socket: %v", err)
+	}
+	conn.Close()
+	ln.Close()
+	if _, err := os.Lstat(a.Address); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket after Close: %v; want it removed", err)
+	}
+	if err := os.WriteFile(a.Address, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Listen(a, Security{}, nil); err == nil || !strings.Contains(err.Error(), "no socket") {
+		t.Errorf("over a file: %v", err)
+	}
+	if b, err := os.ReadFile(a.Address); string(b) != "precious" {
+		t.Errorf("the file has %q, %v", b, err)
+	}
+	if err := os.Remove(a.Address); err != nil {
+		t.Fatal(err)
+	}
+	// Of many who find the same dead socket one gets it, and keeps it.
+	for range 20 {
+		leave()
+		got := make(chan net.Listener, 8)
+		for range cap(got) {
+			go func() {
+				ln, _ := Listen(a, Security{}, nil)
+				got <- ln
+			}()
+		}
+		var won []net.Listener
+		for range cap(got) {
+			if ln := <-got; ln != nil {
+				won = append(won, ln)
+			}
+		}
+		if len(won) != 1 {
+			t.Fatalf("%d of %d have the socket; want one", len(won), cap(got))
+		}
+		conn, err := net.Dial("unix", a.Address)
+		if err != nil {
+			t.Fatalf("the one who has the socket is not reached: %v", err)
+		}
+		conn.Close()
+		won[0].Close()
+	}
+}
+
 // authority makes TLS directories.
 type authority struct {
 	key  *ecdsa.PrivateKey
