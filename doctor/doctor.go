@@ -51,9 +51,10 @@ func Examine(ctx context.Context, o Options) *Report {
 	run, runDir := examineRunDir()
 	r.Findings = append(r.Findings, runDir)
 	r.Findings = append(r.Findings, examineState(control.StateDir())...)
-	r.Findings = append(r.Findings, h.examineTLS(o.TLSDir)...)
-	r.Findings = append(r.Findings, h.examineLUNs(ctx, run)...)
-	r.CanRun = !failed(r.Findings)
+	tls := h.examineTLS(o.TLSDir)
+	luns := h.examineLUNs(ctx, run)
+	r.CanRun = !failed(r.Findings) && !failed(luns) // without TLS they run, and stay
+	r.Findings = append(append(r.Findings, tls...), luns...)
 	return r
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -43,8 +44,8 @@ func ParseAddress(s string) (Address, error) {
 
 func (a Address) String() string { return a.Network + "://" + a.Address }
 
-// private says that what goes to a does not leave this host.
-func (a Address) private() bool {
+// Private says that what goes to a does not leave this host.
+func (a Address) Private() bool {
 	if a.Network == "unix" {
 		return true
 	}
@@ -68,6 +69,33 @@ const (
 	FileCert = "cert.pem" // this host's, with its names, for server and client use
 	FileKey  = "key.pem"  // the key of FileCert, readable by nobody else
 )
+
+// systemTLSDir is the host's TLS directory.
+const systemTLSDir = "/etc/vmm/tls"
+
+// DefaultTLSDir is the TLS directory where nobody names one: vmm/tls in the
+// user's configuration directory ($XDG_CONFIG_HOME, else ~/.config), else
+// /etc/vmm/tls, if it has the three files; empty if neither has.
+func DefaultTLSDir() string {
+	if own, err := os.UserConfigDir(); err == nil {
+		return firstTLSDir(filepath.Join(own, "vmm", "tls"), systemTLSDir)
+	}
+	return firstTLSDir(systemTLSDir)
+}
+
+// firstTLSDir is the first of dirs that has the three files.
+func firstTLSDir(dirs ...string) string {
+	for _, dir := range dirs {
+		missing := slices.ContainsFunc([]string{FileCA, FileCert, FileKey}, func(name string) bool {
+			_, err := os.Stat(filepath.Join(dir, name))
+			return err != nil
+		})
+		if !missing {
+			return dir
+		}
+	}
+	return ""
+}
 
 // Certificates are a TLS directory's content.
 type Certificates struct {
@@ -118,9 +146,9 @@ func (c *Certificates) config() *tls.Config {
 
 // allow says why a is not to be used.
 func (s Security) allow(a Address) error {
-	if s.TLS == nil && !s.Insecure && !a.private() {
+	if s.TLS == nil && !s.Insecure && !a.Private() {
 		return fmt.Errorf("%v without TLS: the guest's memory would cross the network in the clear, and anybody could send a guest; "+
-			"give --tls-dir, or --insecure if the network is trusted", a)
+			"put the files into %s or give --tls-dir, or --insecure if the network is trusted", a, systemTLSDir)
 	}
 	return nil
 }

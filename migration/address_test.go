@@ -271,6 +271,41 @@ func TestLoadCertificates(t *testing.T) {
 	}
 }
 
+// Where nobody names a TLS directory, the user's own comes before the host's,
+// and one that lacks a file is none.
+func TestDefaultTLSDir(t *testing.T) {
+	a := newAuthority(t)
+	config, host := t.TempDir(), a.issue(t, "host1").dir
+	own := filepath.Join(config, "vmm", "tls")
+	if got := firstTLSDir(own, host); got != host {
+		t.Errorf("firstTLSDir = %q; want the host's, %q", got, host)
+	}
+	if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(a.issue(t, "host1").dir, own); err != nil {
+		t.Fatal(err)
+	}
+	if got := firstTLSDir(own, host); got != own {
+		t.Errorf("firstTLSDir = %q; want the user's, %q", got, own)
+	}
+	t.Setenv("XDG_CONFIG_HOME", config)
+	if got := DefaultTLSDir(); got != own {
+		t.Errorf("DefaultTLSDir = %q; want %q", got, own)
+	}
+	for _, name := range []string{FileKey, FileCert, FileCA} {
+		if err := os.Rename(filepath.Join(own, name), filepath.Join(config, name)); err != nil {
+			t.Fatal(err)
+		}
+		if got := firstTLSDir(own); got != "" {
+			t.Errorf("firstTLSDir = %q, where %s is missing; want none", got, name)
+		}
+		if err := os.Rename(filepath.Join(config, name), filepath.Join(own, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Whoever connects and is no migration is dropped, and the destination goes on
 // waiting.
 func TestStrangers(t *testing.T) {

@@ -25,8 +25,9 @@ func newDoctorCommand() *cobra.Command {
 		Short: "Say whether this host can run guests, and what to mend",
 		Long: `Looks at what vmm needs of this host, one line each: ok, warn or fail, and how
 to mend it. It changes nothing, and asks SCSI disks only what their reservations
-are; a disk that a guest has is asked through that guest's process. With --tls-dir
-it looks at the certificate, its key and its authority as well.
+are; a disk that a guest has is asked through that guest's process. Where there are TLS
+files, in --tls-dir, else in ~/.config/vmm/tls, else in /etc/vmm/tls, it looks at the
+certificate, its key and its authority as well.
 
 --peer asks another host, on which vmm receive waits, whether guests of this one
 could migrate there: versions, processors, and for each SCSI disk whether the
@@ -35,7 +36,7 @@ other host sees it. The vmm receive waits on.
 The exit status is 0 when nothing failed, else 1.`,
 		Example: `  vmm doctor
   vmm doctor -o json
-  vmm doctor --peer tcp://host2:4444 --tls-dir /etc/vmm/tls`,
+  vmm doctor --peer tcp://host2:4444`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return f.run(c) },
 	}
@@ -56,12 +57,10 @@ func (f *doctorFlags) run(c *cobra.Command) error {
 	} else if f.peerName != "" {
 		return usageError{errors.New("--peer-name: give the other host's address with --peer")}
 	}
+	f.tls.settle(c, address) // without a peer: the files that the next one needs
 	report := doctor.Examine(c.Context(), doctor.Options{TLSDir: f.tls.dir})
 	if f.peer != "" {
-		security := migration.Security{Insecure: f.tls.insecure}
-		if f.tls.dir != "" {
-			security.TLS, _ = migration.LoadCertificates(f.tls.dir) // its error is a finding already
-		}
+		security, _ := f.tls.security() // its error is a finding already
 		report.Compare(doctor.Peer(c.Context(), address, security, f.peerName))
 	}
 	if err := printReport(c.OutOrStdout(), f.format, report); err != nil {

@@ -20,17 +20,6 @@ import (
 	vmmv1 "vmm/proto/vmm/v1"
 )
 
-// tlsFlags say how two hosts know each other.
-type tlsFlags struct {
-	dir      string
-	insecure bool
-}
-
-func (f *tlsFlags) addFlags(c *cobra.Command) {
-	c.Flags().StringVar(&f.dir, "tls-dir", "", "directory with ca.pem, cert.pem and key.pem: mutual TLS 1.3")
-	c.Flags().BoolVar(&f.insecure, "insecure", false, "allow another host without TLS: its network sees the guest's memory")
-}
-
 type migrateFlags struct {
 	format       outputFormat
 	tls          tlsFlags
@@ -50,10 +39,12 @@ func newMigrateCommand() *cobra.Command {
 		Short: "Move a running guest to a host that waits for it",
 		Long: `Moves a running guest, with its memory, its devices and its SCSI reservations, to
 the vmm receive that waits at ADDRESS: tcp://HOST:PORT, HOST:PORT or unix:///PATH.
-Until the guest is handed over, any failure leaves it running here; Ctrl-C, or
-vmm migrate NAME --cancel from elsewhere, gives the migration up. At the end stands
-what became of each disk's reservation, and vmm run ends here with status 0.`,
-		Example: `  vmm migrate web1 tcp://host2:4444 --tls-dir /etc/vmm/tls
+Its TLS files are those in --tls-dir, else in ~/.config/vmm/tls, else in /etc/vmm/tls;
+within one host there are none unless --tls-dir says so. Until the guest is handed over,
+any failure leaves it running here; Ctrl-C, or vmm migrate NAME --cancel from elsewhere,
+gives the migration up. At the end stands what became of each disk's
+reservation, and vmm run ends here with status 0.`,
+		Example: `  vmm migrate web1 tcp://host2:4444
   vmm migrate web1 unix:///run/vmm/incoming
   vmm migrate web1 --cancel`,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -94,7 +85,7 @@ what became of each disk's reservation, and vmm run ends here with status 0.`,
 }
 
 // request is what the flags ask for.
-func (f *migrateFlags) request(address string) (*vmmv1.MigrateRequest, error) {
+func (f *migrateFlags) request(c *cobra.Command, address string) (*vmmv1.MigrateRequest, error) {
 	bad := func(flag string, err error) (*vmmv1.MigrateRequest, error) {
 		return nil, usageError{fmt.Errorf("--%s: %w", flag, err)}
 	}
@@ -118,6 +109,7 @@ func (f *migrateFlags) request(address string) (*vmmv1.MigrateRequest, error) {
 	if err != nil {
 		return bad("max-bandwidth", err)
 	}
+	f.tls.settle(c, to)
 	return &vmmv1.MigrateRequest{
 		Address: address, TlsDir: absolute(f.tls.dir), Insecure: f.tls.insecure, Peer: f.peer, Channels: uint32(f.channels),
 		DowntimeMs: uint64(f.downtime.Milliseconds()), MaxBandwidth: bandwidth, TimeoutMs: uint64(f.timeout.Milliseconds()), Local: f.local,
@@ -126,7 +118,7 @@ func (f *migrateFlags) request(address string) (*vmmv1.MigrateRequest, error) {
 
 // run asks the guest's process and follows what it says.
 func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address string) error {
-	request, err := f.request(address)
+	request, err := f.request(c, address)
 	if err != nil {
 		return err
 	}

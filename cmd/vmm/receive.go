@@ -40,13 +40,14 @@ software disks are opened at the path that they had. --lun id=NAME,path=PATH say
 otherwise, and initiator=NAME gives a software disk another nexus. A LUN that is
 not the guest's is refused while the guest still runs at its old host.
 
-Without --tls-dir only addresses of this host are allowed, unless --insecure says
-otherwise: whoever may connect may have a guest run here.
+Whoever may connect may have a guest run here: at other addresses than this host's
+own that takes TLS, with the files in --tls-dir, else in ~/.config/vmm/tls, else in
+/etc/vmm/tls, unless --insecure says otherwise.
 
 While it waits vmm ls and vmm status show NAME as waiting, and vmm stop NAME ends that.
 With --detach it waits, and runs the guest, in the background, as vmm run --detach
 does; the command returns 0 when it waits.`,
-		Example: `  vmm receive web1 --listen tcp://0.0.0.0:4444 --tls-dir /etc/vmm/tls
+		Example: `  vmm receive web1 --listen tcp://0.0.0.0:4444
   vmm receive --listen unix:///run/vmm/incoming --lun id=data,path=/dev/sg7`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch len(args) {
@@ -97,11 +98,10 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if cfg.LUNs, err = namedLUNs(f.luns); err != nil {
 		return err
 	}
-	security := migration.Security{Insecure: f.tls.insecure}
-	if f.tls.dir != "" {
-		if security.TLS, err = migration.LoadCertificates(f.tls.dir); err != nil {
-			return bad("tls-dir", err)
-		}
+	f.tls.settle(c, address)
+	security, err := f.tls.security()
+	if err != nil {
+		return bad("tls-dir", err)
 	}
 	dir, err := control.DefaultRunDir()
 	if err != nil {
