@@ -406,6 +406,9 @@ func TestComplaints(t *testing.T) {
 func TestDecidedOnce(t *testing.T) {
 	r := newRig(t, 1<<20)
 	o := r.outgoing()
+	if err := os.Mkdir(r.recv.StateDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	j, err := openJournal(r.recv.StateDir)
 	if err != nil {
 		t.Fatal(err)
@@ -437,7 +440,7 @@ func TestDecidedOnce(t *testing.T) {
 }
 
 func TestJournal(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "state")
+	dir := t.TempDir()
 	j, err := openJournal(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -475,7 +478,7 @@ func TestJournal(t *testing.T) {
 	if err := errors.Join(j.forget(id), j.forget(id)); err != nil {
 		t.Errorf("forget: %v", err)
 	}
-	if _, err := openJournal(filepath.Join(dir, "writable", "beneath a file")); err == nil {
-		t.Error("a journal beneath a file was opened")
+	if _, err := openJournal(filepath.Join(dir, "nowhere")); err == nil {
+		t.Error("a journal that is not there was opened")
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"vmm/internal/sys"
 )
 
 // journal is what a destination's host has decided about guests that came to
@@ -27,23 +29,17 @@ const (
 	verdictLife = 30 * 24 * time.Hour
 )
 
-// openJournal opens the journal in dir, which it makes if need be, and drops
-// what is older than anybody asks for.
+// openJournal opens the journal in dir, which pr.OpenJournal has made and found
+// writable, and drops what is older than anybody asks for.
 func openJournal(dir string) (*journal, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("journal: %w", err)
-	}
 	j := &journal{dir}
-	if err := j.replace("writable", nil); err != nil {
-		return nil, fmt.Errorf("journal %s cannot be written; see VMM_STATE_DIR: %w", dir, err)
-	}
 	files, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
 	}
 	for _, f := range files {
 		info, err := f.Info()
-		if err == nil && strings.HasSuffix(f.Name(), verdictSuffix) && time.Since(info.ModTime()) > verdictLife {
+		if err == nil && strings.Contains(f.Name(), verdictSuffix) && time.Since(info.ModTime()) > verdictLife {
 			_ = os.Remove(filepath.Join(dir, f.Name())) // it is harmless where it stays
 		}
 	}
@@ -54,7 +50,7 @@ func (j *journal) name(id ID) string { return id.String() + verdictSuffix }
 
 // note makes v the verdict on id, lastingly.
 func (j *journal) note(id ID, v verdict, why string) error {
-	if err := j.replace(j.name(id), []byte(string(v)+"\n"+why+"\n")); err != nil {
+	if err := sys.ReplaceFile(filepath.Join(j.dir, j.name(id)), []byte(string(v)+"\n"+why+"\n"), 0o600); err != nil {
 		return fmt.Errorf("journal entry of migration %v: %w", id, err)
 	}
 	return nil
@@ -84,37 +80,4 @@ func (j *journal) forget(id ID) error {
 		return nil
 	}
 	return err
-}
-
-// replace writes a file whole or not at all, and on the medium when it
-// returns.
-func (j *journal) replace(name string, content []byte) (err error) {
-	f, err := os.CreateTemp(j.dir, ".new-")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			os.Remove(f.Name())
-		}
-	}()
-	if _, err = f.Write(content); err != nil {
-		return err
-	}
-	if err = f.Sync(); err != nil {
-		return err
-	}
-	if err = f.Close(); err != nil {
-		return err
-	}
-	if err = os.Rename(f.Name(), filepath.Join(j.dir, name)); err != nil {
-		return err
-	}
-	dir, err := os.Open(j.dir)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }

@@ -53,12 +53,12 @@ func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOption
 	if opts.Warn == nil {
 		opts.Warn = func(error) {}
 	}
-	j, err := openJournal(opts.StateDir)
+	luns, err := pr.OpenJournal(opts.StateDir)
 	if err != nil {
 		ln.Close()
 		return nil, err
 	}
-	luns, err := pr.OpenJournal(opts.StateDir)
+	j, err := openJournal(opts.StateDir)
 	if err != nil {
 		ln.Close()
 		return nil, err

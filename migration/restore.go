@@ -34,9 +34,6 @@ func Restore(ctx context.Context, path string, host Host, opts RestoreOptions) (
 	if opts.Warn == nil {
 		opts.Warn = func(error) {}
 	}
-	if _, err := openJournal(opts.StateDir); err != nil {
-		return nil, err
-	}
 	intents, err := pr.OpenJournal(opts.StateDir)
 	if err != nil {
 		return nil, err

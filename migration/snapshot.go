@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"vmm/internal/sys"
 	"vmm/memory"
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
@@ -335,7 +336,7 @@ func (s *saving) commit() error {
 		return fmt.Errorf("rename: %w", err)
 	}
 	s.name = s.path
-	if err := syncDir(filepath.Dir(s.path)); err != nil {
+	if err := sys.SyncDir(filepath.Dir(s.path)); err != nil {
 		return err
 	}
 	if err := setMark(s.file, markComplete); err != nil {
@@ -356,7 +357,7 @@ func (s *saving) discard() error {
 	}
 	err := os.Remove(s.name)
 	if err == nil {
-		err = syncDir(filepath.Dir(s.name))
+		err = sys.SyncDir(filepath.Dir(s.name))
 	}
 	if err == nil {
 		s.name = ""
@@ -417,15 +418,6 @@ func setMark(f *os.File, mark byte) error {
 		return err
 	}
 	return f.Sync()
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }
 
 // snapshotWriter is the sink of a snapshot: it gathers small pieces, and sums

@@ -3,6 +3,7 @@ package sys
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"testing"
 )
 
@@ -91,5 +92,34 @@ func TestMappingSharesAMemFD(t *testing.T) {
 		if m.Bytes() != nil {
 			t.Error("Bytes() after Close is not nil")
 		}
+	}
+}
+
+func TestReplaceFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "state")
+	// What a crash has left of a longer one is in nobody's way.
+	if err := os.WriteFile(path+".new", []byte("half of something long"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, content := range []string{"first", "second", ""} {
+		if err := ReplaceFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(path); string(b) != content || err != nil {
+			t.Errorf("the file has %q, %v; want %q", b, err, content)
+		}
+	}
+	if left, err := os.ReadDir(dir); len(left) != 1 || err != nil {
+		t.Errorf("left beside it: %v, %v", left, err)
+	}
+	if err := os.Mkdir(path+".new", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := ReplaceFile(path, []byte("third"), 0o600); err == nil {
+		t.Error("a file was written where a directory is")
+	}
+	if b, err := os.ReadFile(path); len(b) != 0 || err != nil {
+		t.Errorf("after an error the file has %q, %v; want what it had", b, err)
 	}
 }

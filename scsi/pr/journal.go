@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"vmm/internal/sys"
 )
 
 // Journal is a directory of what this host has begun with the reservations of
@@ -41,7 +43,7 @@ func OpenJournal(dir string) (*Journal, error) {
 		return nil, fmt.Errorf("journal: %w", err)
 	}
 	if err := probe(dir); err != nil {
-		return nil, fmt.Errorf("journal %s cannot be written: %w", dir, err)
+		return nil, fmt.Errorf("journal %s cannot be written; see VMM_STATE_DIR: %w", dir, err)
 	}
 	return &Journal{dir}, nil
 }
@@ -76,7 +78,7 @@ func (j *Journal) Write(e Entry) error {
 	if e.LUN == "" || len(body) > maxEntry/2 {
 		return fmt.Errorf("journal entry of a LUN whose identity has %d bytes", len(e.LUN))
 	}
-	if err := replace(j.file(e), sealed(journalMagic, append(body, '\n'))); err != nil {
+	if err := sys.ReplaceFile(j.file(e), sealed(journalMagic, append(body, '\n')), 0o600); err != nil {
 		return fmt.Errorf("journal entry of %s: %w", e.LUN, err)
 	}
 	return nil
@@ -89,7 +91,7 @@ func (j *Journal) Erase(e Entry) error {
 		return nil
 	}
 	if err == nil {
-		err = syncDir(j.dir)
+		err = sys.SyncDir(j.dir)
 	}
 	if err != nil {
 		return fmt.Errorf("journal entry of %s: %w", e.LUN, err)

@@ -9,12 +9,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 
+	"vmm/internal/sys"
 	"vmm/scsi"
 )
 
@@ -650,7 +650,7 @@ func (f *File) apply(fn func(*Target) error) error {
 	}
 	// Whoever is next reads, unless all went well.
 	f.known = false
-	if err := replace(f.path, f.target.encode()); err != nil {
+	if err := sys.ReplaceFile(f.path, f.target.encode(), 0o666); err != nil {
 		f.target = before // whether the rename lasts is not known
 		return fmt.Errorf("reservations %s: %w", f.path, err)
 	}
@@ -713,43 +713,6 @@ func (f *File) refresh(seq uint64) error {
 	}
 	f.target, f.seq, f.known = t, seq, true
 	return nil
-}
-
-// replace puts content in the place of the file at path, at once and
-// lastingly. The name of the new file is always the same: who writes holds a
-// lock, and what a crash left behind is overwritten.
-func replace(path string, content []byte) error {
-	temp := path + ".new"
-	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o666)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(content)
-	if err == nil {
-		err = file.Sync()
-	}
-	if e := file.Close(); err == nil {
-		err = e
-	}
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if e := d.Close(); err == nil {
-		err = e
-	}
-	return err
 }
 
 // The state file is a line "vmm reservations 1 SHA256-OF-THE-REST", then JSON.
