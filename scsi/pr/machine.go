@@ -243,7 +243,7 @@ const (
 	RegistrationOnly             // so is the registration; the guest holds no reservation
 	FencedMeanwhile              // the guest was fenced and is not registered
 	NothingHeld                  // the guest was not registered
-	Kept                         // S has what it had: one nexus, or a migration that failed
+	Kept                         // S has what it had: one nexus (Reason: what could not be read), or a migration that failed
 	LeftBehind                   // the guest is registered, the reservation is still on its old nexus
 	Refused                      // nothing was done: Reason
 	GivenUp                      // the destination has undone what it did: Reason
@@ -272,6 +272,8 @@ type Outcome struct {
 	Reason Reason
 	Key    Key
 	Type   Type // of the guest's reservation
+	// Persist is PTPL_A as read by a takeover on one nexus.
+	Persist bool
 	// Stale says that the guest's other nexus may still be registered with
 	// Key: inert, and removed by its host.
 	Stale bool
@@ -296,6 +298,9 @@ func (o Outcome) Sentence(lun string) string {
 		s += "the guest has no registration; nothing had to move"
 	case Kept:
 		s += fmt.Sprintf("the guest keeps its key %v where it is", o.Key)
+		if o.Reason != NoReason {
+			s += "; what reservation it holds could not be read: " + o.Reason.String()
+		}
 	case LeftBehind:
 		s += fmt.Sprintf("the guest's key %v is registered on this host, but its %v reservation stayed on its old nexus; "+
 			"let the guest's cluster software reserve again, or clear the old nexus with 'vmm pr' on its host", o.Key, o.Type)

@@ -189,6 +189,78 @@ func TestTakeover(t *testing.T) {
 
 // A fence at any moment of the takeover leaves the guest fenced, whoever runs
 // it, and takes nothing from the node that fenced.
+// On one nexus the destination sends nothing before COMMIT and no PERSISTENT
+// RESERVE OUT at all, and ends with what the disk says that the guest has.
+func TestTakeoverOnOneNexus(t *testing.T) {
+	const other Key = 0x77
+	registered := func(x *pairOf) { x.target.Do(nexA, &Out{ServiceKey: keyA, APTPL: !x.target.Quirks.NoPersist}) }
+	reserved := func(typ Type) func(*pairOf) {
+		return func(x *pairOf) {
+			registered(x)
+			x.target.Do(nexA, &Out{Action: Reserve, Key: keyA, Type: typ})
+		}
+	}
+	for _, q := range Targets {
+		persist := !q.NoPersist
+		for _, tt := range []struct {
+			name  string
+			begin func(*pairOf)
+			stop  func(*pairOf) // when the guest has stopped, and S has read
+			want  Outcome
+		}{
+			{"no key", nil, nil, Outcome{Kind: NothingHeld}},
+			{"registered", registered, nil, Outcome{Kind: Kept, Key: keyA, Persist: persist}},
+			{"holds", reserved(WriteExclusiveRegistrantsOnly), nil, Outcome{Kind: Kept, Key: keyA, Type: WriteExclusiveRegistrantsOnly, Persist: persist}},
+			{"all hold", reserved(ExclusiveAccessAllRegistrants), nil, Outcome{Kind: Kept, Key: keyA, Type: ExclusiveAccessAllRegistrants, Persist: persist}},
+			{"another holds", func(x *pairOf) {
+				registered(x)
+				x.target.Do(nexC, &Out{ServiceKey: other, APTPL: persist})
+				x.target.Do(nexC, &Out{Action: Reserve, Key: other, Type: WriteExclusiveRegistrantsOnly})
+			}, nil, Outcome{Kind: Kept, Key: keyA, Persist: persist}},
+			{"fenced meanwhile", reserved(WriteExclusive), func(x *pairOf) {
+				x.target.Do(nexC, &Out{ServiceKey: other, APTPL: persist})
+				x.target.Do(nexC, &Out{Action: Preempt, Key: other, ServiceKey: keyA, Type: WriteExclusive})
+			}, Outcome{Kind: FencedMeanwhile, Key: keyA}},
+			{"the disk is dead", reserved(WriteExclusive), func(x *pairOf) {
+				x.dst.hook = func([]byte) *Answer {
+					return &Answer{Status: scsi.CheckCondition, Sense: scsi.Sense{Key: scsi.NotReady, ASC: 4}}
+				}
+			}, Outcome{Kind: Kept, Key: keyA, Reason: DiskFailed}},
+		} {
+			x := newPair(t, q, func(p *Pair) { p.New, p.Same = p.Old, true })
+			if tt.begin != nil {
+				tt.begin(x)
+			}
+			generation := x.target.Status().Generation
+			_, got := x.migrate(func(m Msg) bool {
+				switch m.Kind {
+				case State:
+					if tt.stop != nil {
+						tt.stop(x)
+						generation = x.target.Status().Generation
+					}
+				case Ready, Commit:
+					if len(x.dst.sent) > 0 {
+						t.Errorf("%s, %s: before COMMIT the destination sends %v", q.Name, tt.name, x.dst.sent)
+					}
+				}
+				return true
+			})
+			if got != tt.want {
+				t.Errorf("%s, %s: outcome %+v; want %+v", q.Name, tt.name, got, tt.want)
+			}
+			if now := x.target.Status().Generation; now != generation {
+				t.Errorf("%s, %s: PRgeneration went from %d to %d", q.Name, tt.name, generation, now)
+			}
+			for _, sent := range append(x.src.sent, x.dst.sent...) {
+				if !strings.HasPrefix(sent, "READ") && !strings.HasPrefix(sent, "REPORT") {
+					t.Errorf("%s, %s: %s was sent", q.Name, tt.name, sent)
+				}
+			}
+		}
+	}
+}
+
 func TestTakeoverFenced(t *testing.T) {
 	for _, q := range Targets {
 		for _, typ := range []Type{WriteExclusiveRegistrantsOnly, None} {

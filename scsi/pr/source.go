@@ -340,6 +340,13 @@ func (s *Source) looked(failed bool) {
 		switch {
 		case failed:
 			s.Cancel()
+		case !s.pair.FullStatus && s.pair.Same:
+			// The guest stays on this nexus with whatever it has there: nothing
+			// is sent to find out more.
+			if see.Count == 0 {
+				s.key, s.fenced = 0, true
+			}
+			s.phase = sourceTellState
 		case !s.pair.FullStatus:
 			s.tries, s.phase = 0, sourceSelf
 		default:
@@ -351,7 +358,7 @@ func (s *Source) looked(failed bool) {
 		switch {
 		case failed:
 			s.ran() // what the guest had, it has; it will meet the disk's errors itself
-		case see.Old != s.key:
+		case s.pair.FullStatus && see.Old != s.key, !s.pair.FullStatus && see.Count == 0:
 			s.finish(Outcome{Kind: FencedMeanwhile, Key: s.key})
 		case !s.clean && see.New == s.key && see.Holder == Old && see.Type.Single() && see.Third == 0:
 			s.phase = sourceDrop

@@ -248,7 +248,13 @@ func (d *Dest) Receive(m Msg) {
 		d.giveUp(LinkLost)
 	case m.Kind == State && d.phase == destHello:
 		d.key, d.fenced = m.Key, m.Fenced
-		if d.key == 0 && d.pair.Same {
+		if d.pair.Same {
+			// There is nothing to prepare, and S has just read the disk by this
+			// very nexus. A unit attention that answered us before COMMIT would
+			// be lost for the guest, should it stay where it is.
+			if d.key != 0 {
+				d.plan = planVerify
+			}
 			d.phase = destTellReady
 			return
 		}
@@ -293,7 +299,7 @@ func (d *Dest) proof(r Result) {
 // start begins what follows COMMIT.
 func (d *Dest) start() {
 	if d.pair.FullStatus || d.pair.Same {
-		d.lookThen(destAct, false)
+		d.lookThen(destAct, d.pair.Same)
 		return
 	}
 	d.look.tries = 0
@@ -422,6 +428,9 @@ func (d *Dest) blind() {
 	case !d.committed, d.alone && !d.proven:
 		d.doomed, d.reason = true, DiskFailed
 		d.remove()
+	case d.pair.Same:
+		// What the guest had, it has; it will meet the disk's errors itself.
+		d.finish(Outcome{Kind: Kept, Key: d.key, Reason: DiskFailed})
 	case d.proven:
 		// A fence since the proof has hit our registration too, so running
 		// with it is safe; what became of S's cannot be seen.
@@ -463,13 +472,9 @@ func (d *Dest) decide() {
 	s := &d.look.see
 	d.persist = s.Persist
 	switch {
-	case d.pair.Same:
+	case d.pair.Same: // alone: it goes on where it was saved
 		d.plan = planVerify
-		if d.alone {
-			d.act()
-		} else {
-			d.phase = destTellReady
-		}
+		d.act()
 		return
 	case d.pair.FullStatus && s.New != 0:
 		d.doomed, d.reason = true, LeftoverRegistration
@@ -513,11 +518,7 @@ func (d *Dest) nothing() {
 func (d *Dest) act() {
 	s := &d.look.see
 	if d.pair.Same {
-		if s.Old == d.key || !d.pair.FullStatus && s.Count > 0 {
-			d.finish(Outcome{Kind: Kept, Key: d.key, Type: s.Type})
-		} else {
-			d.finish(Outcome{Kind: FencedMeanwhile, Key: d.key})
-		}
+		d.verify()
 		return
 	}
 	var own, old bool // registered with K: our nexus, S
@@ -564,6 +565,24 @@ func (d *Dest) act() {
 	default:
 		d.arrived(true)
 	}
+}
+
+// verify ends the takeover of a guest that stays on its nexus, with what the
+// disk says that it has there.
+func (d *Dest) verify() {
+	s := &d.look.see
+	if d.pair.FullStatus && s.Old != d.key || s.Count == 0 {
+		d.finish(Outcome{Kind: FencedMeanwhile, Key: d.key})
+		return
+	}
+	o := Outcome{Kind: Kept, Key: d.key, Persist: s.Persist}
+	switch {
+	case s.Holder == Old, s.Holder == All, s.Holder == Holder && s.Count == 1:
+		o.Type = s.Type
+	case s.Holder == Holder:
+		o.Reason = NoFullStatus // which of those with this key holds?
+	}
+	d.finish(o)
 }
 
 // arrived ends the takeover with our nexus registered and, unless stale, the
