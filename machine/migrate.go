@@ -88,9 +88,16 @@ func (d *Departure) Pause(ctx context.Context) error {
 	if !same {
 		return errors.New("a LUN was attached or detached since the migration began: migrate again")
 	}
+	if err := d.leaveDisks(); err != nil { // most of it while the guest runs
+		d.moving.Store(false)
+		return err
+	}
 	err := d.Machine.Pause(ctx)
 	if err == nil {
 		err = d.Quiesce(ctx)
+	}
+	if err == nil {
+		err = d.leaveDisks()
 	}
 	if err != nil {
 		if again := d.Resume(); again != nil && !errors.Is(again, ErrEnded) {
@@ -98,6 +105,18 @@ func (d *Departure) Pause(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// leaveDisks has disk images as another host must find them.
+func (d *Departure) leaveDisks() error {
+	for _, l := range d.units {
+		if image, ok := l.backend.(*disk.LUN); ok {
+			if err := image.Leave(); err != nil {
+				return fmt.Errorf("LUN %s: %w", l.cfg.ID, err)
+			}
+		}
+	}
+	return nil
 }
 
 // Resume lets the guest run here after all.
@@ -159,6 +178,7 @@ func (l *lun) scout(ctx context.Context, identify func(*migration.LUN, pr.Key) p
 		x.BootID, x.Address = b.Nexus().BootID, b.Nexus().Address.String()
 	case *disk.LUN:
 		l.self = b.Nexus()
+		x.Nonce, x.Met = b.Nonce(), b.Met
 	}
 	p, err := l.port.Probe(ctx)
 	if pr.Unsupported(err) {
@@ -416,7 +436,16 @@ func (a *Arrival) Attach(i int, data []byte) error {
 
 // Load implements migration.Destination. That the files are those of the
 // offer, migration has seen to.
-func (a *Arrival) Load(s *vmmv1.MachineState) error { return a.m.Load(s) }
+func (a *Arrival) Load(s *vmmv1.MachineState) error {
+	for _, l := range a.m.units() {
+		if d, ok := l.backend.(*disk.LUN); ok {
+			if err := d.Arrive(); err != nil {
+				return fmt.Errorf("LUN %s: %w", l.cfg.ID, err)
+			}
+		}
+	}
+	return a.m.Load(s)
+}
 
 // Run implements migration.Destination: it returns when the guest runs. Wait
 // returns when it has ended.

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"vmm/migration"
 	"vmm/scsi"
 	"vmm/scsi/pr"
@@ -184,6 +186,43 @@ func TestMigrationRefused(t *testing.T) {
 	_, err := outgoing(t, m, dial, t.TempDir())
 	if !errors.Is(err, migration.ErrRefused) || !strings.Contains(err.Error(), "no LUN of that id") {
 		t.Errorf("migration = %v; want it refused for --lun id=data", err)
+	}
+	if got := m.State(); got != StateRunning {
+		t.Errorf("the source is %v; want running", got)
+	}
+}
+
+// A copy of the disk image, under the same name and with the same identity, is
+// not the guest's disk.
+func TestMigrationToACopy(t *testing.T) {
+	image := func() string {
+		path := filepath.Join(t.TempDir(), "disk.img")
+		if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	there, twin := image(), image()
+	m, out := newMachine(t, counts(), func(c *Config) {
+		c.Name, c.LUNs = "web1", []LUNConfig{{ID: "data", Path: there, Initiator: "host1"}}
+	})
+	run(t, m)
+	out.waitFor("012")
+	id := make([]byte, 64)
+	n, err := unix.Getxattr(there, "user.vmm.uuid", id)
+	if err == nil {
+		err = unix.Setxattr(twin, "user.vmm.uuid", id[:n], 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	dial, _ := receiving(t, &Reception{
+		Config:   Config{RunDir: t.TempDir(), LUNs: []LUNConfig{{ID: "data", Path: twin, Initiator: "host2"}}},
+		StateDir: t.TempDir(),
+	}, t.TempDir())
+	_, err = outgoing(t, m, dial, t.TempDir())
+	if !errors.Is(err, migration.ErrRefused) || !strings.Contains(err.Error(), "a copy of it") {
+		t.Errorf("migration = %v; want it refused for the copy", err)
 	}
 	if got := m.State(); got != StateRunning {
 		t.Errorf("the source is %v; want running", got)

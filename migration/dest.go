@@ -174,6 +174,9 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 		if theirs := h.Luns[i]; l.Identity != theirs.GetIdentity() {
 			return fmt.Errorf("LUN %s is %s at the source and %s here", theirs.GetId(), theirs.GetIdentity(), l.Identity)
 		}
+		if n := h.Luns[i].GetNonce(); len(n) > 0 && !saved && (l.Met == nil || !l.Met(n)) {
+			return fmt.Errorf("LUN %s: %s is not the file that the guest has, but a copy of it, or the other host's locks are not seen here: share the directory by NFS 4 or the like, or say with --lun id=%[1]s,path=PATH where the file is", l.ID, l.Path)
+		}
 	}
 	return a.sameMemory()
 }

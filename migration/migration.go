@@ -155,6 +155,10 @@ type LUN struct {
 	BootID, Address string
 	// Nexus is this host's; the zero value if nobody could tell.
 	Nexus pr.Nexus
+	// Nonce, not nil for a disk image, shows that two processes have the same
+	// file open; Met says whether this one has that of the nonce.
+	Nonce []byte
+	Met   func(nonce []byte) bool
 	// Preflight is nil for a LUN that has no persistent reservations.
 	Preflight *pr.Preflight
 	// Port sends the takeover's commands while the guest is stopped.

@@ -160,6 +160,10 @@ func TestRefused(t *testing.T) {
 		{"memory", func(r *rig) { r.host.size = 2 << 20 }, "memory map"},
 		{"a LUN is missing", func(r *rig) { r.host.luns = nil }, "has 1 LUNs, and 0 of them are here"},
 		{"another LUN", func(r *rig) { r.host.luns[0].Identity = "naa.5" }, "naa.5 here"},
+		{"a copy of the image", func(r *rig) {
+			r.src.luns[0].Nonce, r.host.luns[0].Met = []byte{1}, func(n []byte) bool { return n[0] == 2 }
+		}, "a copy of it"},
+		{"a device for an image", func(r *rig) { r.src.luns[0].Nonce = []byte{1} }, "a copy of it"},
 		{"no reservations there", func(r *rig) { r.host.luns[0].Preflight = nil }, "the other does not"},
 		{"one nexus for two hosts", func(r *rig) { r.host.luns[0].Nexus = nexS }, "cannot be told apart"},
 		{"SPC-2", func(r *rig) { r.src.luns[0].Tracked = func() pr.Tracked { return pr.Tracked{SPC2: true} } }, "RESERVE of SPC-2"},

@@ -374,6 +374,9 @@ func (o *Outgoing) copy() error {
 }
 
 func (o *Outgoing) notConverged() error {
+	if o.progress.Expected == 0 { // no round has ended
+		return fmt.Errorf("%v were too short to send the guest's memory once, %d MiB; give it more time or bandwidth", o.opts.Timeout, o.progress.Remaining>>20)
+	}
 	return fmt.Errorf("the guest writes memory faster than it can be sent: after %v %d MiB were left, %v of downtime where %v are allowed; "+
 		"give it more time, bandwidth or downtime", o.opts.Timeout, o.progress.Remaining>>20, o.progress.Expected.Round(time.Millisecond), o.opts.Downtime)
 }

@@ -323,6 +323,7 @@ func offerLUN(l *LUN) *vmmv1.HostLun {
 		Id: l.ID, Identity: l.Identity, BootId: l.BootID, Address: l.Address,
 		TransportId: []byte(l.Nexus.Initiator), TargetPort: uint32(l.Nexus.TargetPort),
 	}
+	w.Nonce = l.Nonce
 	if f := l.Preflight; f != nil {
 		w.Reservations, w.FullStatus, w.RegisterAndMove = true, f.FullStatus, f.Move
 	}

@@ -254,6 +254,28 @@ func (l *LUN) Rescan() (changed bool, err error) {
 	return true, nil
 }
 
+// Leave brings all that was written to the medium, for a host that goes on with
+// the disk and has another page cache. The error may be of a write long ago,
+// which the guest has still to hear of.
+func (l *LUN) Leave() error {
+	if l.readOnly {
+		return nil
+	}
+	if err := l.flusher.flushUntold(); err != nil {
+		return fmt.Errorf("disk: %s: write back: %w", l.path, err)
+	}
+	return nil
+}
+
+// Arrive is Leave's other end: what this host has cached of the image may be
+// older than what the other one has written.
+func (l *LUN) Arrive() error {
+	if err := l.file.forget(); err != nil {
+		return fmt.Errorf("disk: %s: drop the page cache: %w", l.path, err)
+	}
+	return nil
+}
+
 // Reset is a LOGICAL UNIT RESET (SAM-5 6.3.3): commands not yet started come
 // back with scsi.ResetOccurred, and those that are running, which nothing can
 // stop, are waited for, so that none changes the medium after the reset; other

@@ -14,7 +14,8 @@ type file interface {
 	// in the page cache, and answers EAGAIN where that is nothing.
 	preadv(iov []unix.Iovec, off int64, quick bool) (int, error)
 	pwritev(iov []unix.Iovec, off int64) (int, error)
-	sync() error // fdatasync
+	sync() error   // fdatasync
+	forget() error // drops what is in the page cache and on the medium
 	fallocate(mode uint32, off, n int64) error
 	seek(off int64, whence int) (int64, error) // SEEK_DATA, SEEK_HOLE
 	size() (int64, error)
@@ -62,6 +63,10 @@ func (f osFile) vector(call uintptr, iov []unix.Iovec, off int64, flags uintptr)
 
 func (f osFile) sync() error {
 	return retry(func() error { return unix.Fdatasync(int(f)) })
+}
+
+func (f osFile) forget() error {
+	return retry(func() error { return unix.Fadvise(int(f), 0, 0, unix.FADV_DONTNEED) })
 }
 
 func (f osFile) fallocate(mode uint32, off, n int64) error {

@@ -63,6 +63,18 @@ func (f *flusher) flushAll() error {
 	return f.err
 }
 
+// flushUntold is flush for one who cannot tell the guest: it fails if there is
+// a failure that no flushAll has told of.
+func (f *flusher) flushUntold() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.round()
+	if f.failed != f.reported {
+		return f.err
+	}
+	return nil
+}
+
 // round waits for a call that has begun after round did. f.mu is held.
 func (f *flusher) round() {
 	mine := f.begun + 1

@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"errors"
 	"testing"
 	"testing/synctest"
 
@@ -103,4 +104,33 @@ func TestFlushTellsAll(t *testing.T) {
 			expect("the next flush", next, want)
 		}
 	})
+}
+
+// Who leaves the disk to another host has everything on the medium, and does
+// not swallow an error that the guest has still to hear of.
+func TestLeave(t *testing.T) {
+	f := &memFile{data: make([]byte, 1<<20)}
+	l := newMem(t, f, Options{})
+	if err := l.Leave(); err != nil || f.syncs != 1 {
+		t.Errorf("Leave() = %v after %d syncs; want nil after one", err, f.syncs)
+	}
+	f.onSync = func() error { return unix.EIO }
+	for range 2 {
+		if err := l.Leave(); !errors.Is(err, unix.EIO) {
+			t.Errorf("Leave() = %v; want EIO", err)
+		}
+	}
+	f.onSync = nil
+	if err := l.Leave(); !errors.Is(err, unix.EIO) {
+		t.Errorf("Leave() = %v; want EIO until the guest knows", err)
+	}
+	if err := l.flusher.flushAll(); err == nil {
+		t.Error("flushAll() = nil; want the error that nobody has told of")
+	}
+	if err := l.Leave(); err != nil {
+		t.Errorf("Leave() = %v; want nil once the error was told", err)
+	}
+	if err := l.Arrive(); err != nil || f.forgotten != 1 {
+		t.Errorf("Arrive() = %v, the cache was dropped %d times; want once", err, f.forgotten)
+	}
 }

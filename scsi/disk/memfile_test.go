@@ -24,6 +24,8 @@ type memFile struct {
 	noHoles bool         // fallocate is not supported
 	cold    bool         // nothing is in the page cache
 	syncs   int
+
+	forgotten int
 }
 
 func (f *memFile) move(iov []unix.Iovec, off int64, on func(int64) error, write bool) (moved int, err error) {
@@ -70,6 +72,13 @@ func (f *memFile) preadv(iov []unix.Iovec, off int64, quick bool) (int, error) {
 
 func (f *memFile) pwritev(iov []unix.Iovec, off int64) (int, error) {
 	return f.move(iov, off, f.onWrite, true)
+}
+
+func (f *memFile) forget() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.forgotten++
+	return nil
 }
 
 func (f *memFile) sync() error {

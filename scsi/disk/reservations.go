@@ -53,6 +53,19 @@ func (l *LUN) Nexus() pr.Nexus {
 	return l.reservations.Nexus()
 }
 
+// Nonce shows that whoever knows it had this file open together with l, and no
+// copy of it; nil if nothing can be kept beside the image.
+func (l *LUN) Nonce() []byte {
+	if l.reservations == nil {
+		return nil
+	}
+	return l.reservations.Nonce()
+}
+
+// Met says whether a disk whose Nonce this is had the file open when l was
+// opened.
+func (l *LUN) Met(nonce []byte) bool { return l.reservations != nil && l.reservations.Met(nonce) }
+
 // Bytes of the image that are locked as a sign to others (F_OFD_SETLK,
 // fcntl(2)), shared by those who get along with each other.
 const (

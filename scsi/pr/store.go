@@ -2,6 +2,7 @@ package pr
 
 import (
 	"bytes"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -80,6 +81,9 @@ type File struct {
 	self  Nexus
 	locks *lockFile
 	seat  int
+
+	nonce  nonce
+	others []nonce // of those who sat when f sat down
 
 	// The locks are this open file's, not a goroutine's: door is held by who
 	// has the gate, and mu by who has the state lock. A command that runs
@@ -188,10 +192,16 @@ func (f *File) sitDown() error {
 		return errors.Join(fmt.Errorf("%d processes have the image open, which is all that can", maxSeats), f.end(false))
 	}
 	host, _ := os.Hostname() // empty if unknown
-	if err := f.locks.take(free, seat{uint32(os.Getpid()), f.self.Initiator, host}); err != nil {
+	rand.Read(f.nonce[:])
+	if err := f.locks.take(free, seat{uint32(os.Getpid()), f.self.Initiator, host, f.nonce}); err != nil {
 		return errors.Join(err, f.end(false))
 	}
 	f.seat = free
+	for _, s := range seats {
+		if s.pid != 0 {
+			f.others = append(f.others, s.nonce)
+		}
+	}
 	if f.busy = f.locks.busy(free); f.busy != nil {
 		f.number = word64(f.locks.mem.Bytes(), 0)
 	}
@@ -256,6 +266,16 @@ func (f *File) Close() error { return f.locks.close() }
 
 // Nexus is the nexus that the file was opened for.
 func (f *File) Nexus() Nexus { return f.self }
+
+// Nonce is what only those know who have had this very file open, and no copy
+// of it, while f was: see Met.
+func (f *File) Nonce() []byte { return f.nonce[:] }
+
+// Met says whether somebody whose Nonce this is had the file open when f was
+// opened.
+func (f *File) Met(n []byte) bool {
+	return slices.ContainsFunc(f.others, func(o nonce) bool { return bytes.Equal(o[:], n) })
+}
 
 // Pass is how a command came in.
 type Pass uint8

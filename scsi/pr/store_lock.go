@@ -39,7 +39,13 @@ const (
 	seatPID  = 4   // 4 bytes; 0: never used
 	seatID   = 8   // length in 2 bytes, then the TransportID
 	seatHost = 256 // length in 2 bytes, then the host's name
+
+	seatNonce = seatLen - len(nonce{})
 )
+
+// nonce is drawn for each seat that is taken: who knows it has seen this file,
+// and no copy, while somebody sat there.
+type nonce [16]byte
 
 // The bytes that are locked, beside each other for no other reason than that
 // they have to be somewhere.
@@ -172,9 +178,10 @@ func (l *lockFile) busy(seat int) *atomic.Uint32 {
 
 // seat is who sits, or sat, somewhere.
 type seat struct {
-	pid  uint32
-	id   TransportID
-	host string
+	pid   uint32
+	id    TransportID
+	host  string
+	nonce nonce
 }
 
 func (l *lockFile) readSeats(seats *[maxSeats]seat) error {
@@ -189,9 +196,10 @@ func (l *lockFile) readSeats(seats *[maxSeats]seat) error {
 			return string(b[at+2:][:min(n, most)])
 		}
 		seats[i] = seat{
-			pid:  binary.LittleEndian.Uint32(b[seatPID:]),
-			id:   TransportID(text(seatID, seatHost-seatID-2)),
-			host: text(seatHost, seatLen-seatHost-2),
+			pid:   binary.LittleEndian.Uint32(b[seatPID:]),
+			id:    TransportID(text(seatID, seatHost-seatID-2)),
+			host:  text(seatHost, seatNonce-seatHost-2),
+			nonce: nonce(b[seatNonce:]),
 		}
 	}
 	return nil
@@ -205,7 +213,8 @@ func (l *lockFile) take(i int, s seat) error {
 	var b [seatLen]byte
 	binary.LittleEndian.PutUint32(b[seatPID:], s.pid)
 	binary.LittleEndian.PutUint16(b[seatID:], uint16(copy(b[seatID+2:seatHost], s.id)))
-	binary.LittleEndian.PutUint16(b[seatHost:], uint16(copy(b[seatHost+2:], s.host)))
+	binary.LittleEndian.PutUint16(b[seatHost:], uint16(copy(b[seatHost+2:seatNonce], s.host)))
+	copy(b[seatNonce:], s.nonce[:])
 	if _, err := l.file.WriteAt(b[:], seatLen*int64(i+1)); err != nil {
 		return err
 	}

@@ -141,6 +141,37 @@ func TestFileShared(t *testing.T) {
 
 // The name of a nexus is taken as long as its holder lives, and its seat free
 // afterwards; another name shares the image.
+// Whoever has the same file open knows the other's nonce; a copy, made while
+// it was open, has nobody in it.
+func TestFileNonce(t *testing.T) {
+	image := fastImage(t)
+	a := open(t, image, "a")
+	b := open(t, image, "b")
+	if !b.Met(a.Nonce()) || b.Met(b.Nonce()) || b.Met(nil) || b.Met(make([]byte, 16)) {
+		t.Errorf("b has met a: %v, itself: %v, nobody: %v, zeros: %v; want a alone", b.Met(a.Nonce()), b.Met(b.Nonce()), b.Met(nil), b.Met(make([]byte, 16)))
+	}
+	twin := fastImage(t)
+	for _, suffix := range []string{".pr", ".pr.lock"} {
+		data, err := os.ReadFile(image + suffix)
+		if err == nil {
+			err = os.WriteFile(twin+suffix, data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if c := open(t, twin, "c"); c.Met(a.Nonce()) || c.Met(b.Nonce()) {
+		t.Error("a copy of the file has met those who have the file open")
+	}
+	old := a.Nonce()
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d := open(t, image, "d"); d.Met(old) || !d.Met(b.Nonce()) {
+		t.Errorf("d has met a, who left: %v, b: %v; want b alone", d.Met(old), d.Met(b.Nonce()))
+	}
+}
+
 func TestFileNames(t *testing.T) {
 	image := fastImage(t)
 	a := open(t, image, "a")

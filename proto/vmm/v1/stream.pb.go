@@ -752,8 +752,9 @@ type HostLun struct {
 	// Key and spc2 are what the source's tracker believes.
 	Key  uint64 `protobuf:"fixed64,10,opt,name=key,proto3" json:"key,omitempty"`
 	Spc2 bool   `protobuf:"varint,11,opt,name=spc2,proto3" json:"spc2,omitempty"`
-	// Nonce is what the source has written beside a disk image: whoever has the
-	// same file finds it there. Empty: not a file, or not to be written to.
+	// Nonce is what the source keeps beside a disk image while it has it open:
+	// whoever has the same file, and no copy, finds it there. Empty: not a file,
+	// or none that can be written to.
 	Nonce         []byte `protobuf:"bytes,12,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
