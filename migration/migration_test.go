@@ -331,3 +331,28 @@ func TestMaxBandwidth(t *testing.T) {
 		t.Errorf("wait = %v", err)
 	}
 }
+
+// A report in the middle of a round says how far the round is, and what the
+// link carries; between rounds it says what the last one measured.
+func TestProgressOfARound(t *testing.T) {
+	var got Progress
+	o := &Outgoing{pages: new(pump), opts: Options{Progress: func(p Progress) { got = p }}}
+	o.progress = Progress{Round: 2, Remaining: 100 * memory.PageSize, Bandwidth: 7}
+	o.pages.walked.Store(500 * memory.PageSize)
+	o.begun.walked, o.begun.at = 460*memory.PageSize, time.Now().Add(-2*time.Second)
+	o.pages.sent.Store(3_000_000)
+	o.begun.sent = 1_000_000
+	o.report()
+	if got.Round != 2 || got.Remaining != 100*memory.PageSize || got.Bandwidth != 7 || got.Sent != 3_000_000 {
+		t.Errorf("between rounds: %+v", got)
+	}
+	o.round = make(chan error)
+	o.report()
+	if got.Round != 2 || got.Remaining != 60*memory.PageSize || got.Bandwidth == 0 || got.Bandwidth > 1_000_000 || got.Sent != 3_000_000 {
+		t.Errorf("in a round of which 40 of 100 pages are sent, after 2 s and 2 MB: %+v", got)
+	}
+	o.pages.walked.Store(1000 * memory.PageSize) // some of it twice
+	if o.report(); got.Remaining != 0 {
+		t.Errorf("%d bytes remain; want 0", got.Remaining)
+	}
+}

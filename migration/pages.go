@@ -131,6 +131,7 @@ type pump struct {
 	channels []*channel
 	limit    limiter
 	sent     atomic.Uint64 // bytes
+	walked   atomic.Uint64 // bytes of memory, also those that need not be sent
 }
 
 // round sends what visit visits, then the round's marker on every channel. In
@@ -185,9 +186,12 @@ func (p *pump) feed(ctx context.Context, work chan<- []run, free <-chan []run, s
 			return ctx.Err()
 		}
 	}
+	added := uint64(0)
 	add := func(gpa memory.GPA, n uint64) error {
 		for n > 0 {
 			k := min(n, maxPayload-size)
+			added += k
+			p.walked.Add(k)
 			runs = append(runs, run{gpa, k})
 			size, gpa, n = size+k, gpa+memory.GPA(k), n-k
 			if size == maxPayload {
@@ -199,10 +203,13 @@ func (p *pump) feed(ctx context.Context, work chan<- []run, free <-chan []run, s
 		return nil
 	}
 	err := visit(func(gpa memory.GPA, n uint64) error {
-		if sparse {
-			return p.ram.Extents(gpa, n, add)
+		if !sparse {
+			return add(gpa, n)
 		}
-		return add(gpa, n)
+		before := added
+		err := p.ram.Extents(gpa, n, add)
+		p.walked.Add(n - (added - before))
+		return err
 	})
 	if err == nil && size > 0 {
 		err = hand()

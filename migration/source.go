@@ -73,12 +73,16 @@ type Outgoing struct {
 	throttled int
 	paused    bool
 	pausedAt  time.Time
-	progress  Progress
-	ticker    *time.Ticker
-	landed    []*vmmv1.LunOutcome
-	down      Downtime
-	forcing   chan error // the operator's request that is under way
-	welcome   *vmmv1.Welcome
+	progress  Progress // as of the last round's end
+	begun     struct { // the round under way
+		at           time.Time
+		sent, walked uint64
+	}
+	ticker  *time.Ticker
+	landed  []*vmmv1.LunOutcome
+	down    Downtime
+	forcing chan error // the operator's request that is under way
+	welcome *vmmv1.Welcome
 }
 
 // NewOutgoing prepares a migration of src. Nothing happens before Run.
@@ -386,6 +390,8 @@ func (o *Outgoing) notConverged() error {
 func (o *Outgoing) sendRound(log DirtyLog, deadline time.Time) error {
 	o.rounds++
 	number := uint32(o.rounds)
+	o.progress.Round = o.rounds
+	o.begun.at, o.begun.sent, o.begun.walked = time.Now(), o.pages.sent.Load(), o.pages.walked.Load()
 	ctx, stop := context.WithCancel(context.Background())
 	o.round = make(chan error, 1)
 	result := o.round
@@ -410,7 +416,6 @@ func (o *Outgoing) sendRound(log DirtyLog, deadline time.Time) error {
 	if err := o.wait(o.opts.Deadlines.Idle, func() bool { return o.acked == number }); err != nil {
 		return err
 	}
-	o.progress.Round = o.rounds
 	return o.sendProgress()
 }
 
@@ -918,10 +923,16 @@ func (o *Outgoing) report() {
 	if o.opts.Progress == nil {
 		return
 	}
+	p := &o.progress
 	if o.pages != nil {
-		o.progress.Sent = o.pages.sent.Load()
+		p.Sent = o.pages.sent.Load()
 	}
-	o.opts.Progress(o.progress)
+	now := *p
+	if took := time.Since(o.begun.at); o.round != nil && took > 0 {
+		now.Remaining -= min(o.pages.walked.Load()-o.begun.walked, p.Remaining)
+		now.Bandwidth = uint64(float64(p.Sent-o.begun.sent) / took.Seconds())
+	}
+	o.opts.Progress(now)
 }
 
 // convergence decides when to stop the guest, and when to slow it down.
