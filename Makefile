@@ -7,7 +7,7 @@ SHELL := /bin/bash -o pipefail
 
 # What each job needs of the machine, as PACKAGE:PROOF.
 BUILD_NEEDS := ca-certificates:/etc/ssl/certs/ca-certificates.crt git:git
-LAB_NEEDS   := qemu-system-x86:qemu-system-x86_64 busybox-static:busybox kmod:depmod xz-utils:xz sg3-utils:sg_persist
+LAB_NEEDS   := qemu-system-x86:qemu-system-x86_64 busybox-static:busybox kmod:depmod xz-utils:xz sg3-utils:sg_persist curl:curl
 TEST_NEEDS  := gcc:gcc libc6-dev:/usr/include/stdio.h linux-libc-dev:/usr/include/linux/kvm.h acpica-tools:iasl protobuf-compiler:protoc mandoc:mandoc systemd:systemd-analyze openssl:openssl
 
 # setup is the directory of a Go that is new enough, everything else installed.

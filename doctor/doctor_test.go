@@ -196,7 +196,7 @@ func TestTLS(t *testing.T) {
 		dir  string
 		want []string // each in some line; no other line is warn or fail
 	}{
-		{"none", "", []string{"ok tls: no --tls-dir was given"}},
+		{"none", "", []string{"ok tls: there are no TLS files"}},
 		{"good", good, []string{"ok tls: " + good, "ok tls certificate: host1, valid until 2027-01-15", "ok tls authority: hosts, valid until 2031-01-15", "ok tls chain: signed", "ok tls names: " + self}},
 		{"nowhere", filepath.Join(good, "nowhere"), []string{"fail tls: TLS: stat "}},
 		{"expired", a.directory(cert(func(c *x509.Certificate) { c.NotAfter = moment.AddDate(0, 0, -1) })),

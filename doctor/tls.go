@@ -20,7 +20,7 @@ const soon = 30 * 24 * time.Hour
 // the two ends of a migration refuse each other.
 func (h host) examineTLS(dir string) []Finding {
 	if dir == "" {
-		return []Finding{{"tls", OK, "no --tls-dir was given: guests migrate by unix sockets and this host's own addresses", ""}}
+		return []Finding{{"tls", OK, "there are no TLS files (--tls-dir): guests migrate by unix sockets and this host's own addresses", ""}}
 	}
 	const mendFiles = "docs/quickstart.md says how to make the three files"
 	if _, err := migration.LoadCertificates(dir); err != nil {

@@ -158,7 +158,11 @@ func remedy(n *node, err error) string {
 			if g, err := user.LookupGroupId(group); err == nil {
 				group = g.Name
 			}
-			return fmt.Sprintf(": run as root, or as a member of group %s (mode %04o)", group, st.Mode&0o7777)
+			how := ""
+			if st.Mode&0o040 == 0 {
+				how = ", once a udev rule gives that access (contrib/systemd/60-vmm.rules)"
+			}
+			return fmt.Sprintf(": run as root, or as a member of group %s (mode %04o)%s", group, st.Mode&0o7777, how)
 		}
 		return ": run as root"
 	case unix.EPERM:

@@ -403,4 +403,11 @@ func TestNodeOpenNamesTheRemedy(t *testing.T) {
 	if got := remedy(null, unix.EACCES); !strings.HasPrefix(got, ": run as root, or as a member of group ") || !strings.HasSuffix(got, "(mode 0666)") {
 		t.Errorf("remedy of EACCES = %q", got)
 	}
+	closed := filepath.Join(t.TempDir(), "sg9")
+	if err := os.WriteFile(closed, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := remedy(&node{"sg9", closed, devno{21, 9}}, unix.EACCES); !strings.HasSuffix(got, "(mode 0600), once a udev rule gives that access (contrib/systemd/60-vmm.rules)") {
+		t.Errorf("remedy of EACCES where the group has no access = %q", got)
+	}
 }

@@ -117,14 +117,22 @@ func launch(t *testing.T, program string, args ...string) *vm {
 // launchWith runs a program that reads stdin.
 func launchWith(t *testing.T, stdin *os.File, program string, args ...string) *vm {
 	t.Helper()
-	v := &vm{t: t, console: newOutput(), stderr: newOutput(), exited: make(chan struct{})}
-	v.cmd = exec.Command(program, args...)
-	v.cmd.Stdout, v.cmd.Stderr = v.console, v.stderr
+	cmd := exec.Command(program, args...)
 	if stdin != nil {
-		v.cmd.Stdin = stdin
+		cmd.Stdin = stdin
 	}
-	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := v.cmd.Start(); err != nil {
+	cmd.SysProcAttr = new(syscall.SysProcAttr)
+	return supervise(t, cmd)
+}
+
+// supervise starts a monitor that is ready to be started, and ends it with the
+// test.
+func supervise(t *testing.T, cmd *exec.Cmd) *vm {
+	t.Helper()
+	v := &vm{t: t, cmd: cmd, console: newOutput(), stderr: newOutput(), exited: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = v.console, v.stderr
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	go func() {
@@ -142,11 +150,11 @@ func launchWith(t *testing.T, stdin *os.File, program string, args ...string) *v
 		case <-time.After(killTime):
 			// A command that its disk never answers keeps its thread, and so the
 			// process and the disk: nothing can follow this.
-			panic(fmt.Sprintf("%s %s cannot be killed:\n%s\nstderr:\n%s\nend of the guest's console:\n%s", program, strings.Join(args, " "),
+			panic(fmt.Sprintf("%s cannot be killed:\n%s\nstderr:\n%s\nend of the guest's console:\n%s", cmd,
 				stacks(v.cmd.Process.Pid), v.stderr, tail(v.console.String(), 60)))
 		}
 		if t.Failed() {
-			t.Logf("%s %s\nstderr:\n%s\nend of the guest's console:\n%s", program, strings.Join(args, " "), v.stderr, tail(v.console.String(), 60))
+			t.Logf("%s\nstderr:\n%s\nend of the guest's console:\n%s", cmd, v.stderr, tail(v.console.String(), 60))
 		}
 	})
 	return v

@@ -1,16 +1,23 @@
 // Stage puts what the tests with guests need into a directory, which may then
 // be shared with a lab host: for each stock kernel FLAVOUR/bzImage,
-// FLAVOUR/vmlinux and FLAVOUR/initrd.
+// FLAVOUR/vmlinux and FLAVOUR/initrd; docs/api.md and contrib/systemd as
+// systemd/, which a test does what they say; and curl.cpio, which is curl and
+// its libraries for a host without. It runs in the repository's root.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"vmm/tests/guest"
+	"vmm/tests/lab/deb"
+	"vmm/tests/lab/initrd"
 	"vmm/tests/lab/kernel"
 )
 
@@ -41,7 +48,42 @@ func stage(ctx context.Context, dir string) error {
 			}
 		}
 	}
-	return nil
+	followed, err := filepath.Glob("contrib/systemd/*")
+	if err != nil || len(followed) == 0 {
+		return fmt.Errorf("contrib/systemd: %v, %w; start it in the repository's root", followed, err)
+	}
+	for _, from := range append(followed, "docs/api.md") {
+		b, err := os.ReadFile(from)
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(dir, strings.TrimPrefix(from, "contrib/"))
+		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(to, b, 0o644); err != nil {
+			return err
+		}
+	}
+	return curl(filepath.Join(dir, "curl.cpio"))
+}
+
+// curl packs this machine's curl.
+func curl(to string) error {
+	program, err := exec.LookPath("curl")
+	if err != nil {
+		return deb.NeedTool("curl", "curl")
+	}
+	var a initrd.Archive
+	if err := a.Programs(program); err != nil {
+		return err
+	}
+	f, err := os.Create(to)
+	if err != nil {
+		return err
+	}
+	_, err = a.WriteTo(f)
+	return errors.Join(err, f.Close())
 }
 
 // place links to a file, or copies it where no link can be made.
