@@ -46,6 +46,24 @@ func (d RunDir) Dial(name string) (*Client, error) {
 	return c, nil
 }
 
+// DialListed makes a client of the very process that List has found.
+func (d RunDir) DialListed(r Running) (*Client, error) {
+	reached := r.Name
+	if r.Awaited {
+		reached += incoming
+	}
+	pid, err := d.find(reached)
+	if err != nil {
+		return nil, err
+	}
+	if pid == 0 {
+		return nil, notRunning(r.Name)
+	}
+	c := d.client(reached)
+	c.pid = pid
+	return c, nil
+}
+
 func notRunning(name string) error {
 	return fmt.Errorf("guest %s: %w (vmm ls lists those that do)", name, ErrNotRunning)
 }

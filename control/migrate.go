@@ -201,8 +201,12 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 		s.migration.end(o)
 		return nil, failed(err)
 	}
+	if opts.Local {
+		opts.Name = s.claim.Share()
+	}
 	run, err := migration.NewOutgoing(source, opts)
 	if err != nil {
+		s.claim.Keep()
 		s.migration.end(o)
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
@@ -212,7 +216,12 @@ func (s *service) depart(ctx context.Context, r *vmmv1.MigrateRequest, progress 
 	if ctx.Err() != nil { // given up just before
 		run.Cancel()
 	}
-	s.outlive(context.Background(), o, func(life context.Context) { o.summary, o.err = run.Run(life) })
+	s.outlive(context.Background(), o, func(life context.Context) {
+		o.summary, o.err = run.Run(life)
+		if o.err != nil && !errors.Is(o.err, migration.ErrHandedOver) { // then it may run there
+			s.claim.Keep()
+		}
+	})
 	return o, nil
 }
 

@@ -11,8 +11,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"vmm/internal/sys"
 )
 
 // A running machine has two files in the run directory:
@@ -24,6 +27,13 @@ import (
 // A process that waits for the guest called NAME has NAME.incoming.pid and
 // NAME.incoming.sock instead. It takes NAME beside them when a guest begins to
 // arrive, and gives them up when it runs; until then NAME is its promise alone.
+//
+// A guest that moves to another process of this host under its name takes the
+// name along: the lock is an open file's, so its process hands that over and
+// from then on both have it (Share, Inherit). When the guest runs in the new
+// process that one puts its own id and socket in the place of the old ones
+// (Take), and the old process leaves them where they are. Nobody else can have
+// the name at any moment of it.
 //
 // Whoever makes, judges or removes either has the directory's own lock, for
 // no longer than that takes. So a name that is locked belongs to a live
@@ -85,6 +95,10 @@ func (d RunDir) pidFile(name string) string { return filepath.Join(string(d), na
 // Socket is where the machine called name is reached.
 func (d RunDir) Socket(name string) string { return filepath.Join(string(d), name+".sock") }
 
+// nextSocket becomes Socket when the guest's next process takes the name. Its
+// path is not the longer one.
+func (d RunDir) nextSocket(name string) string { return filepath.Join(string(d), name+".next") }
+
 // Log is where the machine called name, in the background, tells what its user
 // should know. It stays when the machine has ended.
 func (d RunDir) Log(name string) string { return filepath.Join(string(d), name+".log") }
@@ -141,8 +155,12 @@ var ErrRunning = errors.New("runs already")
 type Claim struct {
 	dir      RunDir
 	name     string
-	pid      *os.File
 	listener *net.UnixListener
+
+	mu     sync.Mutex
+	pid    *os.File // nil once it is closed
+	fresh  bool     // inherited and not taken: its files are the other process's
+	shared bool     // so they may be from now on
 }
 
 // Claim takes name for this process and listens on its socket. What a dead
@@ -151,8 +169,61 @@ type Claim struct {
 func (d RunDir) Claim(name string) (*Claim, error) { return d.claim(name, name, name+incoming) }
 
 // Await takes, for this process, the name under which it is reached while it
-// waits for the guest called name.
-func (d RunDir) Await(name string) (*Claim, error) { return d.claim(name, name+incoming, name) }
+// waits for the guest called name. beside says that the guest may be one that
+// runs here under that name: as long as it does, name reaches its process.
+func (d RunDir) Await(name string, beside bool) (*Claim, error) {
+	other := name
+	if beside {
+		other = ""
+	}
+	return d.claim(name, name+incoming, other)
+}
+
+// Inherit shares name with the process of this host where the guest of that
+// name runs, whose Share has handed lock over. Nobody notices before Take. lock
+// is not trusted, and stays whose it is.
+func (d RunDir) Inherit(name string, lock *os.File) (*Claim, error) {
+	if err := ValidName(name); err != nil {
+		return nil, err
+	}
+	c := &Claim{dir: d, name: name, fresh: true}
+	err := d.locked(func() error {
+		if pid, err := d.judge(name + incoming); err != nil {
+			return err
+		} else if pid != 0 && pid != os.Getpid() {
+			return taken(name, ErrAwaited, pid)
+		}
+		want, err := os.Stat(d.pidFile(name))
+		if err != nil {
+			return fmt.Errorf("run directory: %w", err)
+		}
+		if got, err := lock.Stat(); err != nil || !os.SameFile(got, want) {
+			return fmt.Errorf("guest %s: what its process hands over is not its lock %s: use one VMM_RUN_DIR for both", name, d.pidFile(name))
+		}
+		// Nothing happens to a lock that this open file has already.
+		if err := flock(lock, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return fmt.Errorf("guest %s: the process that hands its name over does not have it: flock %s: %w", name, d.pidFile(name), err)
+		}
+		if c.pid, err = sys.Duplicate(lock); err != nil {
+			return err
+		}
+		return c.listen(d.nextSocket(name))
+	})
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// taken says who has a guest's name, or waits for the guest.
+func taken(guest string, how error, pid int) error {
+	who := fmt.Sprintf("pid %d", pid)
+	if pid < 0 {
+		who = "another process"
+	}
+	return fmt.Errorf("guest %s %w (%s): give this one another name, or stop that one (vmm stop %[1]s)", guest, how, who)
+}
 
 // claim takes the name own, unless another process has that or other: the two
 // names of one guest, running and waited for.
@@ -161,59 +232,108 @@ func (d RunDir) claim(guest, own, other string) (*Claim, error) {
 		return nil, err
 	}
 	c := &Claim{dir: d, name: own}
-	taken := func(name string, pid int) error {
-		who := fmt.Sprintf("pid %d", pid)
-		if pid < 0 {
-			who = "another process"
-		}
-		how := ErrRunning
+	how := func(name string) error {
 		if name != guest {
-			how = ErrAwaited
+			return ErrAwaited
 		}
-		return fmt.Errorf("guest %s %w (%s): give this one another name, or stop that one (vmm stop %[1]s)", guest, how, who)
+		return ErrRunning
 	}
 	err := d.locked(func() error {
-		if pid, err := d.judge(other); err != nil {
-			return err
-		} else if pid != 0 && pid != os.Getpid() {
-			return taken(other, pid)
+		if other != "" {
+			if pid, err := d.judge(other); err != nil {
+				return err
+			} else if pid != 0 && pid != os.Getpid() {
+				return taken(guest, how(other), pid)
+			}
 		}
 		f, pid, err := d.holder(own)
 		switch {
 		case err != nil:
 			return err
 		case pid != 0:
-			return taken(own, pid)
+			return taken(guest, how(own), pid)
 		}
 		c.pid = f
-		if err = f.Truncate(0); err == nil {
-			_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
+		if err := c.sign(); err != nil {
+			return err
 		}
-		if err != nil {
-			return fmt.Errorf("run directory: %w", err)
-		}
-		path := d.Socket(own)
-		if len(path) > maxSocketPath {
-			return fmt.Errorf("control socket %s: its path has %d bytes, a unix socket's at most %d: give the guest a shorter name, or set VMM_RUN_DIR to a shorter directory", path, len(path), maxSocketPath)
-		}
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("control socket: %w", err)
-		}
-		c.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-		if err != nil {
-			return fmt.Errorf("control socket: %w", err)
-		}
-		c.listener.SetUnlinkOnClose(false) // Close does, with the lock
-		if err := os.Chmod(path, 0o600); err != nil {
-			return fmt.Errorf("control socket: %w", err)
-		}
-		return nil
+		return c.listen(d.Socket(own))
 	})
 	if err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
+}
+
+// sign writes this process's id into the locked file. The caller has the
+// directory's lock. The file's offset may be another process's, too.
+func (c *Claim) sign() error {
+	err := c.pid.Truncate(0)
+	if err == nil {
+		_, err = c.pid.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	}
+	if err != nil {
+		return fmt.Errorf("run directory: %w", err)
+	}
+	return nil
+}
+
+// listen makes the socket at path. The caller has the directory's lock.
+func (c *Claim) listen(path string) (err error) {
+	if len(path) > maxSocketPath {
+		return fmt.Errorf("control socket %s: its path has %d bytes, a unix socket's at most %d: give the guest a shorter name, or set VMM_RUN_DIR to a shorter directory", path, len(path), maxSocketPath)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	c.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	c.listener.SetUnlinkOnClose(false) // Close does, with the lock
+	if err := os.Chmod(path, 0o600); err != nil {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	return nil
+}
+
+// Share is the lock on the name, for another process of this host that is to
+// run the guest under it (Inherit). From then on Close leaves the files to that
+// process, until Keep.
+func (c *Claim) Share() *os.File {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.shared = true
+	return c.pid
+}
+
+// Keep says that no other process has the name after all.
+func (c *Claim) Keep() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.shared = false
+}
+
+// Take makes a name that was inherited this process's alone: from here on this
+// one is reached by it. Of any other claim it changes nothing.
+func (c *Claim) Take() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.fresh || c.pid == nil {
+		return nil
+	}
+	return c.dir.locked(func() error {
+		if err := c.sign(); err != nil {
+			return err
+		}
+		c.fresh = false
+		// In one step: at every moment somebody answers.
+		if err := os.Rename(c.dir.nextSocket(c.name), c.dir.Socket(c.name)); err != nil {
+			return fmt.Errorf("control socket: %w", err)
+		}
+		return nil
+	})
 }
 
 // Name is what was claimed.
@@ -227,13 +347,23 @@ const maxSocketPath = 107
 
 // Close gives the name and the socket up. A second Close does nothing.
 func (c *Claim) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.pid == nil {
 		return nil
 	}
 	if c.listener != nil {
 		c.listener.Close() // closed already, if it was served
 	}
-	err := c.dir.locked(func() error { return c.dir.remove(c.name) })
+	err := c.dir.locked(func() error {
+		switch {
+		case c.fresh:
+			return os.Remove(c.dir.nextSocket(c.name))
+		case c.shared:
+			return nil // whoever else has the name removes them, or finds them dead
+		}
+		return c.dir.remove(c.name)
+	})
 	err = errors.Join(err, c.pid.Close())
 	c.pid = nil
 	return err
@@ -242,7 +372,7 @@ func (c *Claim) Close() error {
 // remove removes a machine's files. The caller has both locks.
 func (d RunDir) remove(name string) error {
 	var errs []error
-	for _, path := range []string{d.Socket(name), d.pidFile(name)} {
+	for _, path := range []string{d.Socket(name), d.nextSocket(name), d.pidFile(name)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -288,7 +418,7 @@ func (d RunDir) List() ([]Running, error) {
 		}
 		return strings.Compare(a.Name, b.Name)
 	})
-	return slices.CompactFunc(list, func(a, b Running) bool { return a.Name == b.Name }), err
+	return slices.CompactFunc(list, func(a, b Running) bool { return a.Name == b.Name && a.Pid == b.Pid }), err
 }
 
 // judge is the pid of the live process that has name, else 0, with what it
@@ -311,14 +441,22 @@ func (d RunDir) find(name string) (pid int, err error) {
 	return pid, err
 }
 
-// reach is the name under which the guest called name, or the process that
-// waits for it, is reached, and that process; pid is 0 if there is none.
+// reach is the name under which the guest called name is reached, or the
+// process that waits for it, and that process; pid is 0 if there is none. Where
+// one runs the guest and another waits to be its next, it is the one that runs
+// it: the other has nothing to say yet.
 func (d RunDir) reach(name string) (reached string, pid int, err error) {
 	err = d.locked(func() error {
-		for _, reached = range []string{name + incoming, name} {
-			if pid, err = d.judge(reached); err != nil || pid != 0 {
-				return err
-			}
+		awaits, err := d.judge(name + incoming)
+		if err != nil {
+			return err
+		}
+		if pid, err = d.judge(name); err != nil {
+			return err
+		}
+		reached = name
+		if awaits != 0 && (pid == 0 || pid == awaits) {
+			reached, pid = name+incoming, awaits
 		}
 		return nil
 	})

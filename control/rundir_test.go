@@ -10,9 +10,11 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	vmmv1 "vmm/proto/vmm/v1"
 )
@@ -25,7 +27,7 @@ func TestMain(m *testing.M) {
 		take := dir.Claim
 		name, awaited := strings.CutSuffix(name, incoming)
 		if awaited {
-			take = dir.Await
+			take = func(name string) (*Claim, error) { return dir.Await(name, false) }
 		}
 		claim, err := take(name)
 		end := make(chan os.Signal, 1)
@@ -117,12 +119,12 @@ func TestAwaitedName(t *testing.T) {
 			t.Errorf("%s: Dial() = %s, awaited %v; want web1, %v", when, c.Name(), c.Awaited(), awaited)
 		}
 	}
-	in, err := dir.Await("web1")
+	in, err := dir.Await("web1", false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	one("before it comes", os.Getpid(), true)
-	if _, err := dir.Await("web1"); !errors.Is(err, ErrAwaited) {
+	if _, err := dir.Await("web1", false); !errors.Is(err, ErrAwaited) {
 		t.Errorf("Await() twice = %v; want ErrAwaited", err)
 	}
 	here, err := dir.Claim("web1")
@@ -148,7 +150,7 @@ func TestAwaitedName(t *testing.T) {
 	other.Wait()
 	other = otherProcess(t, dir, "web1")
 	one("another guest", other.Process.Pid, false)
-	if _, err := dir.Await("web1"); !errors.Is(err, ErrRunning) {
+	if _, err := dir.Await("web1", false); !errors.Is(err, ErrRunning) {
 		t.Errorf("Await() of one that runs = %v; want ErrRunning", err)
 	}
 	other.Process.Kill()
@@ -301,5 +303,184 @@ func TestExplain(t *testing.T) {
 	_, err = c.Status(t.Context(), request(&vmmv1.StatusRequest{}))
 	if got := c.Explain(err); !errors.Is(got, ErrNotRunning) {
 		t.Errorf("a machine that has gone: %v", got)
+	}
+}
+
+// answers says whether whoever connects to name's socket reaches c.
+func answers(t *testing.T, c *Claim, name string) bool {
+	t.Helper()
+	conn, err := net.Dial("unix", c.dir.Socket(name))
+	if err != nil {
+		t.Errorf("nobody listens: %v", err)
+		return false
+	}
+	defer conn.Close()
+	// A connection is in the queue of its listener before connect returns.
+	if err := c.listener.SetDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.listener.Accept()
+	if err != nil {
+		return false
+	}
+	got.Close()
+	return true
+}
+
+// A guest that changes its process keeps its name: somebody answers all the
+// time, nobody else gets the name, and the old process removes nothing of the
+// new one's.
+func TestNameIsInherited(t *testing.T) {
+	dir := runDir(t)
+	files := func() (left []string) {
+		all, _ := filepath.Glob(string(dir) + "/web1*")
+		for _, path := range all {
+			left = append(left, filepath.Base(path))
+		}
+		return left
+	}
+	third := func(when string) {
+		t.Helper()
+		if c, err := dir.Claim("web1"); !errors.Is(err, ErrRunning) {
+			t.Errorf("%s: Claim() of a third = %v, %v; want ErrRunning", when, c, err)
+		}
+	}
+	old, err := dir.Claim("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		// One that comes to nothing leaves all as it was.
+		next, err := dir.Inherit("web1", old.Share())
+		if err != nil {
+			t.Fatal(err)
+		}
+		third("while both have it")
+		if !answers(t, old, "web1") {
+			t.Error("before Take: the old process does not answer")
+		}
+		if err := next.Close(); err != nil {
+			t.Error(err)
+		}
+		old.Keep()
+		third("after a failure")
+		if got := files(); !slices.Equal(got, []string{"web1.pid", "web1.sock"}) || !answers(t, old, "web1") {
+			t.Errorf("after a failure: %v", got)
+		}
+
+		if next, err = dir.Inherit("web1", old.Share()); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := next.Take(); err != nil {
+				t.Error(err)
+			}
+			third("after Take")
+			if !answers(t, next, "web1") {
+				t.Error("after Take: the new process does not answer")
+			}
+		}
+		if err := old.Close(); err != nil {
+			t.Error(err)
+		}
+		third("after the old process's end")
+		if got := files(); !slices.Equal(got, []string{"web1.pid", "web1.sock"}) || !answers(t, next, "web1") {
+			t.Errorf("after the old process's end: %v", got)
+		}
+		old = next
+	}
+	if err := old.Close(); err != nil {
+		t.Error(err)
+	}
+	if got := files(); len(got) > 0 {
+		t.Errorf("left behind: %v", got)
+	}
+}
+
+// What is not the lock of that name, locked, gives nobody the name.
+func TestInheritTrustsNobody(t *testing.T) {
+	dir := runDir(t)
+	open := func(path string) *os.File {
+		t.Helper()
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	claim, err := dir.Claim("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer claim.Close()
+	for _, tt := range []struct {
+		name string
+		lock *os.File
+		want string
+	}{
+		{"web1", open(filepath.Join(t.TempDir(), "web1.pid")), "is not its lock"},
+		{"web1", open(dir.pidFile("web1")), "does not have it"},
+		{"web2", claim.pid, "no such file"},
+		{"../x", claim.pid, "give 1 to 64 letters"},
+	} {
+		if c, err := dir.Inherit(tt.name, tt.lock); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("Inherit(%q) = %v, %v; want %q", tt.name, c, err, tt.want)
+		}
+	}
+	if !answers(t, claim, "web1") {
+		t.Error("the guest does not answer")
+	}
+	// Nor is it inherited where a third process waits for it.
+	other := otherProcess(t, dir, "web2"+incoming)
+	lock := open(dir.pidFile("web2"))
+	if c, err := dir.Inherit("web2", lock); !errors.Is(err, ErrAwaited) {
+		t.Errorf("Inherit() of a name that another awaits = %v, %v; want ErrAwaited", c, err)
+	}
+	other.Process.Kill()
+	other.Wait()
+}
+
+// While one process runs the guest and another waits to be its next, the name
+// is the one that runs it, and both are listed.
+func TestAwaitedBesideTheGuest(t *testing.T) {
+	dir := runDir(t)
+	other := otherProcess(t, dir, "web1")
+	in, err := dir.Await("web1", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	list, err := dir.List()
+	if want := []Running{{"web1", os.Getpid(), true}, {"web1", other.Process.Pid, false}}; err != nil || !slices.Equal(list, want) {
+		t.Errorf("List() = %v, %v; want %v", list, err, want)
+	}
+	for _, r := range list {
+		c, err := dir.DialListed(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Awaited() != r.Awaited || c.Name() != "web1" || c.pid != r.Pid {
+			t.Errorf("DialListed(%v) = %s, awaited %v, pid %d", r, c.Name(), c.Awaited(), c.pid)
+		}
+		c.Close()
+	}
+	reach := func(awaited bool) {
+		t.Helper()
+		c, err := dir.Dial("web1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if c.Awaited() != awaited {
+			t.Errorf("Dial() reaches the one that waits: %v; want %v", c.Awaited(), awaited)
+		}
+	}
+	reach(false)
+	other.Process.Kill()
+	other.Wait()
+	reach(true) // there is nobody else any more
+	if _, err := dir.DialListed(list[1]); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("DialListed() of the dead = %v; want ErrNotRunning", err)
 	}
 }

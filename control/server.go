@@ -43,7 +43,7 @@ type Server struct {
 // NewServer makes a server on the socket that was claimed. version is that of
 // the program. The claim stays the caller's to close, after the server.
 func NewServer(c *Claim, m Machine, version string) *Server {
-	service := &service{machine: m, dir: c.dir, version: version}
+	service := &service{machine: m, dir: c.dir, claim: c, version: version}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /events", service.eventLines)
 	mux.Handle("GET "+MetricsPath, service.metricsHandler())

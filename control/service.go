@@ -47,6 +47,7 @@ const (
 type service struct {
 	machine   Machine
 	dir       RunDir
+	claim     *Claim
 	version   string
 	migration migrations
 	consoles  consoles

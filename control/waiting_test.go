@@ -11,7 +11,7 @@ import (
 
 func TestWaitingServer(t *testing.T) {
 	dir := runDir(t)
-	claim, err := dir.Await("web1")
+	claim, err := dir.Await("web1", false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -320,7 +320,7 @@ func TestCompare(t *testing.T) {
 		{"this host", func(s *vmmv1.HostSurvey) { s.Luns[0] = lun("/dev/sg3", "naa.1", "A", "0:0:0:1") },
 			[]string{"ok peer /dev/sg1: naa.1 is there, on the same nexus"}, true},
 		{"another stream", func(s *vmmv1.HostSurvey) { s.Version = 9 }, []string{"fail peer version: the other host speaks version 9"}, false},
-		{"an older one", func(s *vmmv1.HostSurvey) { s.Features = nil }, []string{"warn peer version: it does not know local-memory | use the same version"}, true},
+		{"an older one", func(s *vmmv1.HostSurvey) { s.Features = nil }, []string{"warn peer version: it does not know local-holds, local-memory | use the same version"}, true},
 		{"another machine", func(s *vmmv1.HostSurvey) { s.Processor.Hardware = 9 }, []string{"fail peer processor: the guest runs on version 9"}, false},
 		{"a lesser one", func(s *vmmv1.HostSurvey) { s.Processor = processor(1) },
 			[]string{"warn peer processor: it lacks CPUID 0x1.0 ECX bit 1 | only guests that were started with --cpu x86-64-v2 can migrate there"}, true},
@@ -333,7 +333,7 @@ func TestCompare(t *testing.T) {
 		{"an empty one", func(s *vmmv1.HostSurvey) { proto.Reset(s) }, []string{"fail peer version: the other host speaks version 0"}, false},
 	} {
 		there := &vmmv1.HostSurvey{
-			Version: 1, Features: []string{"local-memory"}, Program: "1.2", Host: "host2", Processor: processor(3), MemoryBytes: 4 << 30,
+			Version: 1, Features: []string{"local-holds", "local-memory"}, Program: "1.2", Host: "host2", Processor: processor(3), MemoryBytes: 4 << 30,
 			Luns: []*vmmv1.HostLun{lun("/dev/sg7", "naa.1", "B", "0:0:0:1"), nil},
 		}
 		if test.change != nil {

@@ -10,6 +10,7 @@ import (
 	"unicode/utf8"
 
 	"vmm/memory"
+	"vmm/migration"
 	"vmm/scsi/pr"
 )
 
@@ -63,6 +64,10 @@ type LUNConfig struct {
 	// Initiator names the nexus of a software disk, to which a registration
 	// belongs; default: HOST:NAME of host and machine.
 	Initiator string
+
+	// Offered is what another process of this host says, whose guest runs there
+	// and is to run here; nil: there is none.
+	Offered *migration.OfferedLUN
 }
 
 // DefaultTimeout is the time one passed-through command may take.

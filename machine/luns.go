@@ -58,6 +58,9 @@ func (m *Machine) meet(ctx context.Context, l *lun) error {
 	if want := l.cfg.Identity; want != "" && l.identity.String() != want {
 		return fmt.Errorf("LUN %s: it is %s; the guest's is %s", l.cfg.Path, l.identity, want)
 	}
+	if l.beside() {
+		return nil // what the guest has there, the takeover says
+	}
 	if err := l.learn(ctx); err != nil {
 		m.cfg.Warn(fmt.Sprintf("LUN %s: %v", l.cfg.Path, err))
 	}
@@ -70,7 +73,8 @@ func (m *Machine) findLUN(c LUNConfig) (*lun, error) {
 	if c.Path != "" {
 		return m.openLUN(c)
 	}
-	paths, err := sg.Find(c.Identity)
+	// First the one by which the guest has it already: there nothing has to move.
+	paths, err := sg.Find(c.Identity, c.handed())
 	if err != nil {
 		return nil, fmt.Errorf("LUN %s: %w", c.ID, err)
 	}
@@ -82,6 +86,43 @@ func (m *Machine) findLUN(c LUNConfig) (*lun, error) {
 		}
 	}
 	return nil, fmt.Errorf("LUN %s: no SCSI device of this host is %s; log in to its target or rescan, or name the device with --lun id=%[1]s,path=PATH", c.ID, c.Identity)
+}
+
+// passthrough is a logical unit of this host: a *sg.LUN.
+type passthrough interface {
+	scsi.LUN
+	Nexus() sg.Nexus
+	Held() []*os.File
+	Shared() bool
+	Possess(vm string) error
+}
+
+// beside says that another process of this host has the LUN too, by the same
+// nexus, and that the guest may run there.
+func (l *lun) beside() bool {
+	p, ok := l.backend.(passthrough)
+	return ok && p.Shared()
+}
+
+// handed is what lets this process use a LUN by the nexus of another one, from
+// which the guest comes; nil: there is none.
+func (c *LUNConfig) handed() *sg.Handed {
+	if c.Offered == nil {
+		return nil
+	}
+	return &sg.Handed{BootID: c.Offered.BootID, Address: c.Offered.Address, Files: c.Offered.Held}
+}
+
+// possess has the LUNs that were handed over say that they are this machine's.
+func (m *Machine) possess() {
+	for _, l := range m.units() {
+		if !l.beside() {
+			continue
+		}
+		if err := l.backend.(passthrough).Possess(m.cfg.Name); err != nil {
+			m.cfg.Warn(fmt.Sprintf("LUN %s: %v", l.cfg.Path, err))
+		}
+	}
 }
 
 // openLUN opens one LUN.
@@ -101,22 +142,33 @@ func (m *Machine) openBackend(l *LUNConfig) (scsi.LUN, error) {
 	}
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
-		initiator := l.Initiator
-		if initiator == "" {
-			host, err := os.Hostname()
-			if err != nil {
-				return nil, fmt.Errorf("LUN %s: this host has no name: %w; give initiator=NAME", l.Path, err)
-			}
-			initiator = host + ":" + m.cfg.Name
+		if l.Initiator != "" {
+			return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: l.Initiator}))
 		}
-		return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: initiator}))
+		host, err := os.Hostname()
+		if err != nil {
+			return nil, fmt.Errorf("LUN %s: this host has no name: %w; give initiator=NAME", l.Path, err)
+		}
+		return m.openImage(l, host+":"+m.cfg.Name)
 	case mode&os.ModeDevice != 0:
 		if l.Initiator != "" {
 			return nil, fmt.Errorf("LUN %s: initiator=%s: a device's nexus is that of this host's port; only a software disk can be given another", l.Path, l.Initiator)
 		}
-		return open(sg.Open(l.Path, sg.Options{VM: m.cfg.Name, RunDir: m.cfg.RunDir, Timeout: l.Timeout}))
+		return open(sg.Open(l.Path, sg.Options{VM: m.cfg.Name, RunDir: m.cfg.RunDir, Timeout: l.Timeout, Handed: l.handed()}))
 	}
 	return nil, fmt.Errorf("LUN %s: neither a device nor a regular file: give a /dev/sgN, a SCSI block device or a disk image", l.Path)
+}
+
+// openImage opens a software disk by the nexus called name. A guest that comes
+// from another process of this host under the name that it has there finds its
+// nexus in use, by itself: then it takes a second one, from which it comes back
+// to the first the next time.
+func (m *Machine) openImage(l *LUNConfig, name string) (scsi.LUN, error) {
+	d, err := disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: name})
+	if l.Offered != nil && errors.Is(err, disk.ErrInUse) {
+		return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: name + "#2"}))
+	}
+	return open(d, err)
 }
 
 // open makes of a backend that could not be opened none at all, rather than

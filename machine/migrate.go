@@ -18,7 +18,6 @@ import (
 	"vmm/scsi"
 	"vmm/scsi/disk"
 	"vmm/scsi/pr"
-	"vmm/scsi/sg"
 )
 
 // Departure is a machine as package migration sees the one that moves away.
@@ -172,10 +171,19 @@ func (l *lun) scout(ctx context.Context, identify func(*migration.LUN, pr.Key) p
 		Port:    &pr.Port{Sender: &pr.LUN{LUN: l.backend}},
 		Tracked: l.tracked.state,
 		Settled: l.settled,
+		Pending: l.shared.Pending,
 	}
 	switch b := l.backend.(type) {
-	case *sg.LUN:
-		x.BootID, x.Address = b.Nexus().BootID, b.Nexus().Address.String()
+	case passthrough:
+		x.BootID, x.Address, x.Held = b.Nexus().BootID, b.Nexus().Address.String(), b.Held()
+		if l.beside() {
+			// The guest runs on this very nexus, elsewhere: what the source has
+			// found out is so here too, and asking could cost the guest a unit
+			// attention.
+			x.Preflight, l.self = l.cfg.Offered.Preflight, l.cfg.Offered.Nexus
+			x.Nexus = l.self
+			return x, nil
+		}
 	case *disk.LUN:
 		l.self = b.Nexus()
 		x.Nonce, x.Met = b.Nonce(), b.Met
@@ -220,7 +228,12 @@ func (l *lun) settled(o pr.Outcome, attentions []scsi.Sense) {
 		l.tracked.learn(pr.Tracked{Key: o.Key, Persist: l.persist})
 	case pr.FencedMeanwhile, pr.NothingHeld:
 		l.tracked.learn(pr.Tracked{})
-	case pr.Kept: // a nexus that is the source's too: what was learned at Open is still so
+	case pr.Kept:
+		// What is known is still so, but where this process has just come to
+		// the nexus: then it begins with what the takeover has read.
+		if l.beside() {
+			l.tracked.learn(pr.Tracked{Key: o.Key, Type: o.Type, Persist: o.Persist, Doubt: o.Reason != pr.NoReason})
+		}
 	default:
 		l.tracked.learn(pr.Tracked{Doubt: true})
 	}
@@ -234,14 +247,14 @@ func (c *Config) message(luns []*lun) *vmmv1.MachineConfig {
 	}
 	for _, unit := range luns {
 		l := &unit.cfg
-		_, passthrough := unit.backend.(*sg.LUN)
+		_, passed := unit.backend.(passthrough)
 		path := l.Path
 		if abs, err := filepath.Abs(path); err == nil {
 			path = abs // who opens it has another working directory
 		}
 		m.Luns = append(m.Luns, &vmmv1.LunConfig{
 			Id: l.ID, Path: path, Target: uint32(l.Target), TimeoutMs: uint64(l.Timeout / time.Millisecond),
-			Readonly: l.ReadOnly, AllowUnsafe: l.Unsafe, Initiator: l.Initiator, Passthrough: passthrough,
+			Readonly: l.ReadOnly, AllowUnsafe: l.Unsafe, Initiator: l.Initiator, Passthrough: passed,
 		})
 	}
 	return m
@@ -267,8 +280,13 @@ type Reception struct {
 	// Serial, if not nil, makes the machine's second serial port, once for each
 	// guest that begins to arrive.
 	Serial func() (io.ReadWriteCloser, error)
-	// Claim, if not nil, is asked whether a guest may have its name here.
-	Claim func(name string) error
+	// Claim, if not nil, is asked whether a guest may have its name here. lock,
+	// if not nil, is that by which a process of this host, where the guest runs,
+	// may have the name (migration.Offer.Name).
+	Claim func(name string, lock *os.File) error
+	// Arrived, if not nil, is called when the guest runs, before its source
+	// hears of it.
+	Arrived func()
 }
 
 var _ migration.Host = (*Reception)(nil)
@@ -280,11 +298,11 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 		return nil, err
 	}
 	if r.Claim != nil {
-		if err := r.Claim(cfg.Name); err != nil {
+		if err := r.Claim(cfg.Name, offer.Name); err != nil {
 			return nil, err
 		}
 	}
-	a := &Arrival{done: make(chan struct{})}
+	a := &Arrival{arrived: r.Arrived, done: make(chan struct{})}
 	in := Incoming{Requirements: offer.Requirements, Memory: offer.Memory}
 	for _, f := range offer.Attachments {
 		image, err := a.expect(f, cfg)
@@ -343,14 +361,19 @@ func (r *Reception) config(offer migration.Offer) (Config, error) {
 	for _, l := range r.Config.LUNs {
 		mine[l.ID] = l
 	}
-	identity := map[string]string{}
-	for _, l := range offer.LUNs {
-		identity[l.ID] = l.Identity
+	offered := map[string]*migration.OfferedLUN{}
+	for i := range offer.LUNs {
+		offered[offer.LUNs[i].ID] = &offer.LUNs[i]
 	}
 	cfg.LUNs = nil
 	for _, l := range o.GetLuns() {
 		c := lunConfig(l)
-		c.Identity = identity[c.ID]
+		if known := offered[c.ID]; known != nil {
+			c.Identity = known.Identity
+			if offer.Memory != nil {
+				c.Offered = known
+			}
+		}
 		if l.GetPassthrough() {
 			c.Path = "" // looked for by its identity
 		} else if !offer.Saved {
@@ -374,11 +397,12 @@ func (r *Reception) config(offer migration.Offer) (Config, error) {
 // Arrival is a machine that a guest moves into. It implements
 // migration.Destination.
 type Arrival struct {
-	m     *Machine
-	luns  []*migration.LUN
-	files []*attached
-	done  chan struct{} // closed when Run's guest has ended
-	err   error         // how
+	m       *Machine
+	luns    []*migration.LUN
+	files   []*attached
+	arrived func()        // nil: nobody wants to know that it runs
+	done    chan struct{} // closed when Run's guest has ended
+	err     error         // how
 }
 
 var _ migration.Destination = (*Arrival)(nil)
@@ -462,6 +486,10 @@ func (a *Arrival) Run() error {
 		}
 		switch e.State {
 		case StateRunning:
+			a.m.possess()
+			if a.arrived != nil {
+				a.arrived()
+			}
 			return nil
 		case StateEnded:
 			<-a.done

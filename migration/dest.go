@@ -115,7 +115,7 @@ func (a *arrival) offer(ctx context.Context, m *vmmv1.StreamMessage) error {
 }
 
 // features are those that a source may ask for.
-var features = map[string]bool{featureLocal: true}
+var features = map[string]bool{featureLocal: true, featureHeld: true}
 
 // Bounds of an offer. Host.Prepare bounds memory and vCPUs.
 const (
@@ -141,7 +141,11 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 	}
 	offer := Offer{ID: a.id, Config: h.Config, Requirements: h.Requirements, Saved: saved}
 	for _, l := range h.Luns {
-		offer.LUNs = append(offer.LUNs, OfferedLUN{l.GetId(), l.GetIdentity()})
+		offered, err := offeredLUN(l)
+		if err != nil {
+			return err
+		}
+		offer.LUNs = append(offer.LUNs, offered)
 	}
 	for _, f := range h.Attachments {
 		if int64(f.GetSize()) < 0 || len(f.GetSha256()) != sha256.Size {
@@ -155,11 +159,13 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 	defer done()
 	var err error
 	if a.local {
-		if offer.Memory, err = a.handed.take(); err != nil {
+		if err = a.handed.take(h, &offer); err != nil {
 			return err
 		}
 	}
-	if a.machine, err = a.r.host.Prepare(ctx, offer); err != nil {
+	a.machine, err = a.r.host.Prepare(ctx, offer)
+	a.handed.close()
+	if err != nil {
 		a.machine = nil
 		if offer.Memory != nil {
 			offer.Memory.Close()

@@ -205,6 +205,7 @@ type fakeHost struct {
 	luns    []*LUN
 	size    uint64
 	inLoad  func()
+	offered func(Offer) // in Prepare
 	loadErr error
 	runErr  error
 
@@ -222,6 +223,9 @@ type fakeDest struct {
 }
 
 func (h *fakeHost) Prepare(_ context.Context, o Offer) (Destination, error) {
+	if h.offered != nil {
+		h.offered(o)
+	}
 	if h.refuse != nil {
 		return nil, h.refuse
 	}
@@ -329,6 +333,26 @@ func (d *disk) holder() (n pr.Nexus, typ pr.Type) {
 type site struct {
 	d     *disk
 	nexus pr.Nexus
+	// Of d.mu:
+	cdbs   []byte      // the operation codes that came this way
+	raised *scsi.Sense // a unit attention that answers the next command
+}
+
+// sent are the operation codes of the commands that went this way since it was
+// asked last.
+func (s *site) sent() []byte {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	all := s.cdbs
+	s.cdbs = nil
+	return all
+}
+
+// raise makes a unit attention pending.
+func (s *site) raise(a scsi.Sense) {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	s.raised = &a
 }
 
 func (s *site) Send(ctx context.Context, cdb, list, data []byte) (int, pr.Answer, error) {
@@ -337,8 +361,13 @@ func (s *site) Send(ctx context.Context, cdb, list, data []byte) (int, pr.Answer
 	if err := ctx.Err(); err != nil {
 		return 0, pr.Answer{}, err
 	}
+	s.cdbs = append(s.cdbs, cdb[0])
 	if s.d.dead[s.nexus] {
 		return 0, pr.Answer{}, errors.New("no path to the disk")
+	}
+	if a := s.raised; a != nil {
+		s.raised = nil
+		return 0, pr.Answer{Status: scsi.CheckCondition, Sense: *a}, nil
 	}
 	if s.d.sent++; s.d.sent == s.d.at {
 		s.d.act(s.d.target)
@@ -359,7 +388,7 @@ func (d *disk) lun(t testing.TB, id string, n pr.Nexus) *LUN {
 	l := &LUN{
 		ID: id, Identity: "naa.600140500000000" + id, Path: "/dev/sg1", Nexus: n,
 		BootID: fmt.Sprintf("boot %d", n.TargetPort), Address: fmt.Sprintf("%d:0:0:0", n.TargetPort),
-		Port: &pr.Port{Sender: &site{d, n}},
+		Port: &pr.Port{Sender: &site{d: d, nexus: n}},
 	}
 	f, err := l.Port.Probe(context.Background())
 	if err != nil {

@@ -21,28 +21,60 @@ import (
 // the source with its memory as it was; after it the source writes none.
 // Therefore nobody can take such a guest back by force: its memory may have
 // gone on.
+//
+// Beside it goes what keeps others off the guest's LUNs and off its name: locks
+// belong to open files, so from then on both processes have them, and whoever
+// ends first leaves them to the other. That lets the destination be the
+// source's successor in everything: a new process for the same guest, on the
+// same nexus of each LUN.
 
-// featureLocal in Hello is the memory that is handed over.
-const featureLocal = "local-memory"
+// Features of a local migration, in Hello.
+const (
+	featureLocal = "local-memory" // the memory is handed over
+	featureHeld  = "local-holds"  // and so is what keeps others off
+)
 
 var errShared = errors.New("its memory is that of the process which it was handed to, and may have been changed there: it cannot be taken back; 'vmm stop' gives it up")
 
-// handMemory makes the offer, with the memory beside it.
-func (o *Outgoing) handMemory(hello *vmmv1.Hello) error {
+// maxFiles bounds the files beside one message (SCM_MAX_FD, unix(7)), and so
+// those that are kept for whoever sends them.
+const maxFiles = 253
+
+// handOver makes the offer, with the files beside it.
+func (o *Outgoing) handOver(hello *vmmv1.Hello) error {
 	u, ok := o.link.conn.(*net.UnixConn)
 	if !ok {
 		return fmt.Errorf("%w: memory can be handed over by a unix socket alone", ErrRefused)
+	}
+	hello.Channels, hello.Features = 0, []string{featureLocal}
+	files := []*os.File{o.src.RAM().File()}
+	for i, l := range o.src.LUNs() {
+		hello.Luns[i].Held = uint32(len(l.Held))
+		files = append(files, l.Held...)
+	}
+	if o.opts.Name != nil {
+		hello.Name = true
+		files = append(files, o.opts.Name)
+	}
+	if len(files) > 1 {
+		hello.Features = append(hello.Features, featureHeld)
+	}
+	if len(files) > maxFiles {
+		return fmt.Errorf("%w: %d files would go to the other process, those of %d LUNs among them, and a unix socket takes %d at a time: detach some of the LUNs first",
+			ErrRefused, len(files), len(hello.Luns), maxFiles)
 	}
 	next, err := o.state.step(sends, kindHello)
 	if err != nil {
 		return err
 	}
 	err = o.link.put(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}}, func(b []byte) error {
-		n, _, err := u.WriteMsgUnix(b, unix.UnixRights(int(o.src.RAM().File().Fd())), nil)
-		if err == nil && n < len(b) {
-			_, err = u.Write(b[n:])
-		}
-		return err
+		return descriptors(files, nil, func(fds []int) error {
+			n, _, err := u.WriteMsgUnix(b, unix.UnixRights(fds...), nil)
+			if err == nil && n < len(b) {
+				_, err = u.Write(b[n:])
+			}
+			return err
+		})
 	})
 	if err != nil {
 		o.lose(err)
@@ -50,6 +82,22 @@ func (o *Outgoing) handMemory(hello *vmmv1.Hello) error {
 	}
 	o.state = next
 	return nil
+}
+
+// descriptors calls f with fds and the descriptors of files, none of which can
+// be closed meanwhile.
+func descriptors(files []*os.File, fds []int, f func(fds []int) error) error {
+	if len(files) == 0 {
+		return f(fds)
+	}
+	c, err := files[0].SyscallConn()
+	if err == nil {
+		cerr := c.Control(func(fd uintptr) { err = descriptors(files[1:], append(fds, int(fd)), f) })
+		if err == nil {
+			err = cerr
+		}
+	}
+	return err
 }
 
 // switchLocal stops the guest, whose memory the destination has already.
@@ -61,9 +109,6 @@ type fileReader struct {
 	conn  *net.UnixConn
 	files []*os.File
 }
-
-// maxFiles bounds the files that are kept for whoever sends them.
-const maxFiles = 2
 
 func (r *fileReader) Read(b []byte) (int, error) {
 	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
@@ -78,7 +123,7 @@ func (r *fileReader) Read(b []byte) (int, error) {
 			continue // something else than files
 		}
 		for _, fd := range fds {
-			r.files = append(r.files, os.NewFile(uintptr(fd), "vmm-ram"))
+			r.files = append(r.files, os.NewFile(uintptr(fd), "handed over"))
 		}
 	}
 	for len(r.files) > maxFiles {
@@ -89,19 +134,35 @@ func (r *fileReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// take is the guest's memory, from here on the caller's. What it is, nobody has
-// looked at.
-func (r *fileReader) take() (*os.File, error) {
-	if r == nil || len(r.files) != 1 {
-		n := 0
-		if r != nil {
-			n = len(r.files)
-		}
-		return nil, errProtocol("%d files came where the guest's memory is due", n)
+// take gives the offer its files. The memory is the caller's from here on, the
+// rest is closed with r. What they are, nobody has looked at.
+func (r *fileReader) take(h *vmmv1.Hello, offer *Offer) error {
+	want := uint64(1)
+	for _, l := range h.Luns {
+		want += uint64(l.GetHeld())
 	}
-	f := r.files[0]
-	r.files = nil
-	return f, nil
+	if h.Name {
+		want++
+	}
+	got := 0
+	if r != nil {
+		got = len(r.files)
+	}
+	if uint64(got) != want {
+		return errProtocol("%d files came beside the offer, where %d are due: the guest's memory, and what keeps others off", got, want)
+	}
+	offer.Memory = r.files[0]
+	r.files = r.files[1:]
+	at := 0
+	for i, l := range h.Luns {
+		n := int(l.GetHeld())
+		offer.LUNs[i].Held = r.files[at : at+n : at+n]
+		at += n
+	}
+	if h.Name {
+		offer.Name = r.files[at]
+	}
+	return nil
 }
 
 // close closes what nobody has taken.

@@ -6,16 +6,22 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"io"
+	"math"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"vmm/internal/sys"
 	"vmm/memory"
 	vmmv1 "vmm/proto/vmm/v1"
+	"vmm/scsi"
 	"vmm/scsi/pr"
 )
 
@@ -113,6 +119,184 @@ func TestLocalKept(t *testing.T) {
 	}
 }
 
+// oneNexus makes the destination's LUNs those of the source's own nexus, and
+// gives each a file that keeps others off. gone says, once the caller has
+// closed the files, whether nobody has them any more.
+func (r *rig) oneNexus(disks ...*disk) (held []*os.File, gone func() bool) {
+	r.Helper()
+	var ends []*os.File
+	pipe := func() *os.File {
+		end, w, err := os.Pipe()
+		if err != nil {
+			r.Fatal(err)
+		}
+		r.Cleanup(func() { end.Close(); w.Close() })
+		ends, held = append(ends, end), append(held, w)
+		return w
+	}
+	r.host.luns = nil
+	for i, d := range disks {
+		id := fmt.Sprint(i)
+		l := d.lun(r, id, nexS)
+		l.Tracked, l.Nexus = nil, pr.Nexus{} // the source says which it is
+		r.host.luns = append(r.host.luns, l)
+		r.src.luns[i].Held = []*os.File{pipe(), pipe()}
+		for _, l := range []*LUN{l, r.src.luns[i]} {
+			l.Port.Sender.(*site).sent()
+		}
+	}
+	r.opts.Local, r.opts.Name = true, pipe()
+	return held, func() bool {
+		for _, w := range held {
+			w.Close()
+		}
+		for _, end := range ends {
+			// A pipe ends when the last copy of its other end is closed.
+			if err := end.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+				r.Fatal(err)
+			}
+			if _, err := end.Read(make([]byte, 1)); err != io.EOF {
+				return false
+			}
+		}
+		return true
+	}
+}
+
+// A guest stays on its nexus: what keeps others off goes with it, nothing is
+// sent there by the destination before the guest is its own, nothing at all
+// that changes the reservation, and every unit attention reaches the guest.
+func TestLocalOnOneNexus(t *testing.T) {
+	capacity, reset := scsi.Sense{Key: scsi.UnitAttention, ASC: 0x2a, ASCQ: 0x09}, scsi.Sense{Key: scsi.UnitAttention, ASC: 0x29}
+	mode := scsi.Sense{Key: scsi.UnitAttention, ASC: 0x2a, ASCQ: 0x01}
+	for _, kept := range []bool{false, true} {
+		a, b := reserved(pr.WriteExclusiveRegistrantsOnly), newDisk(pr.Quirks{})
+		r := newRig(t, 1<<20, a, b)
+		held, gone := r.oneNexus(a, b)
+		source, destination := r.src.luns[0].Port.Sender.(*site), r.host.luns[0].Port.Sender.(*site)
+		var told []scsi.Sense
+		settled := func(_ pr.Outcome, list []scsi.Sense) { told = append(told, list...) }
+		r.host.luns[0].Settled = settled
+		r.src.luns[0].Settled = settled
+		r.src.luns[0].Pending = func() []scsi.Sense { return []scsi.Sense{mode} }
+		generation := func() uint32 {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return a.target.Status().Generation
+		}
+		before := generation()
+		r.host.offered = func(o Offer) {
+			got := []*os.File{o.LUNs[0].Held[0], o.LUNs[0].Held[1], o.LUNs[1].Held[0], o.LUNs[1].Held[1], o.Name}
+			for i, f := range got {
+				x, err := f.Stat()
+				y, err2 := held[i].Stat()
+				if err != nil || err2 != nil || !os.SameFile(x, y) {
+					t.Errorf("file %d of the offer is another one: %v, %v", i, err, err2)
+				}
+			}
+			if l := o.LUNs[0]; l.BootID != r.src.luns[0].BootID || l.Address != r.src.luns[0].Address || l.Nexus != nexS || l.Preflight == nil || !l.Preflight.FullStatus {
+				t.Errorf("the offer has LUN %+v", l)
+			}
+		}
+		r.src.inPause = func() { source.raise(reset) }
+		o := r.outgoing()
+		if kept {
+			r.host.inLoad = o.Cancel
+		} else {
+			r.host.inLoad = func() { destination.raise(capacity) }
+		}
+		arrived := r.receiving()
+		s, err := o.Run(context.Background())
+		if kept {
+			if !errors.Is(err, ErrKept) || len(destination.sent()) > 0 {
+				t.Errorf("Run = %v; the destination has sent %x; want nothing", err, destination.sent())
+			}
+			if want := []scsi.Sense{reset}; !slices.Equal(told, want) { // what is pending still is
+				t.Errorf("the guest is told %v; want %v", told, want)
+			}
+		} else {
+			if err != nil {
+				t.Fatal(err)
+			}
+			<-arrived
+			if !strings.Contains(s.LUNs[0].Sentence, "keeps its key") {
+				t.Errorf("outcomes %v", s.LUNs)
+			}
+			if want := []scsi.Sense{mode, reset, capacity}; !slices.Equal(told, want) {
+				t.Errorf("the guest is told %v; want %v", told, want)
+			}
+		}
+		for _, side := range []*site{source, destination} {
+			if sent := side.sent(); slices.Contains(sent, scsi.OpPersistentReserveOut) || slices.Contains(sent, scsi.OpTestUnitReady) {
+				t.Errorf("%x was sent; want PERSISTENT RESERVE IN alone", sent)
+			}
+		}
+		if n, typ := a.holder(); n != nexS || typ != pr.WriteExclusiveRegistrantsOnly || a.key(nexS) != keyGuest || generation() != before {
+			t.Errorf("%v holds, type %v; PRgeneration went from %d to %d", n, typ, before, generation())
+		}
+		if !gone() {
+			t.Error("the destination still has what its host did not keep")
+		}
+	}
+}
+
+// However a local migration ends, what its host has not kept is closed.
+func TestHandedFilesAreClosed(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		with func(*rig)
+	}{
+		{"refused by the host", func(r *rig) { r.host.refuse = errors.New("no") }},
+		{"another memory map", func(r *rig) { r.host.size = 2 << 20 }},
+		{"a LUN is missing", func(r *rig) { r.host.luns = nil }},
+		{"loaded in vain", func(r *rig) { r.host.loadErr = errors.New("no") }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := reserved(pr.WriteExclusive)
+			r := newRig(t, 1<<20, d)
+			_, gone := r.oneNexus(d)
+			tt.with(r)
+			r.receiving()
+			if s, err := r.migrate(); err == nil {
+				t.Errorf("Run = %+v; want an error", s)
+			}
+			if !gone() {
+				t.Error("the destination still has a file")
+			}
+		})
+	}
+	t.Run("too many LUNs", func(t *testing.T) {
+		r := newRig(t, 1<<20)
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		for i := range 127 {
+			r.src.luns = append(r.src.luns, &LUN{ID: fmt.Sprint(i), Held: []*os.File{f, f}})
+		}
+		r.opts.Local = true
+		r.receiving()
+		if _, err := r.migrate(); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "255 files would go to the other process") {
+			t.Errorf("Run = %v; want a refusal that counts the files", err)
+		}
+		r.src.luns = r.src.luns[:126]
+		if _, err := r.migrate(); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "has 126 LUNs, and 0 of them are here") {
+			t.Errorf("Run with all that fit = %v; want the destination's refusal", err)
+		}
+	})
+	t.Run("closed meanwhile", func(t *testing.T) {
+		d := reserved(pr.WriteExclusive)
+		r := newRig(t, 1<<20, d)
+		held, _ := r.oneNexus(d)
+		held[1].Close()
+		r.receiving()
+		if _, err := r.migrate(); !errors.Is(err, ErrKept) || !strings.Contains(err.Error(), "use of closed file") || r.src.g.runs.Load() != 1 {
+			t.Errorf("Run = %v; want the guest to run on", err)
+		}
+	})
+}
+
 // A guest whose memory is shared is not taken back by force.
 func TestLocalForce(t *testing.T) {
 	r := newRig(t, 1<<20)
@@ -170,18 +354,30 @@ func TestHostileMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	const sealed = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW
+	held := func(n ...uint32) func(*vmmv1.Hello) {
+		return func(h *vmmv1.Hello) {
+			for _, n := range n {
+				h.Luns = append(h.Luns, &vmmv1.HostLun{Held: n})
+			}
+		}
+	}
 	for _, tt := range []struct {
 		name  string
 		files []*os.File
 		want  string
+		hello func(*vmmv1.Hello)
 	}{
-		{"nothing", nil, "0 files came"},
-		{"two files", []*os.File{memfd(1<<20, sealed), memfd(1<<20, sealed)}, "files came"},
-		{"a file that can shrink", []*os.File{memfd(1<<20, unix.F_SEAL_GROW)}, "not sealed"},
-		{"too short", []*os.File{memfd(4096, sealed)}, "it has 4096 bytes"},
-		{"too long", []*os.File{memfd(2<<20, sealed)}, "it has 2097152 bytes"},
-		{"not to be written", []*os.File{memfd(1<<20, sealed|unix.F_SEAL_WRITE)}, "not permitted"},
-		{"no memfd", []*os.File{plain}, "seals"},
+		{"nothing", nil, "1 files came beside the offer, where 2 are due", nil},
+		{"two files", []*os.File{memfd(1<<20, sealed), memfd(1<<20, sealed)}, "3 files came beside the offer, where 2 are due", nil},
+		{"a LUN's file is missing", []*os.File{memfd(1<<20, sealed)}, "2 files came beside the offer, where 4 are due", held(2)},
+		{"the name's lock is missing", []*os.File{memfd(1<<20, sealed)}, "2 files came beside the offer, where 3 are due", func(h *vmmv1.Hello) { h.Name = true }},
+		{"more than there can be", []*os.File{memfd(1<<20, sealed)}, "where 17179869182 are due", held(math.MaxUint32, math.MaxUint32, math.MaxUint32, math.MaxUint32)},
+		{"the memory behind a LUN's file", []*os.File{plain, memfd(1<<20, sealed)}, "seals", held(1)},
+		{"a file that can shrink", []*os.File{memfd(1<<20, unix.F_SEAL_GROW)}, "not sealed", nil},
+		{"too short", []*os.File{memfd(4096, sealed)}, "it has 4096 bytes", nil},
+		{"too long", []*os.File{memfd(2<<20, sealed)}, "it has 2097152 bytes", nil},
+		{"not to be written", []*os.File{memfd(1<<20, sealed|unix.F_SEAL_WRITE)}, "not permitted", nil},
+		{"no memfd", []*os.File{plain}, "seals", nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRig(t, 1<<20)
@@ -194,12 +390,21 @@ func TestHostileMemory(t *testing.T) {
 			defer conn.Close()
 			hello := offerOf(r.src, 0)
 			hello.Features = []string{featureLocal}
+			if tt.hello != nil {
+				tt.hello(hello)
+			}
+			hello.Luns = append(hello.Luns, &vmmv1.HostLun{Held: 1})
 			b, err := appendMessage(nil, &vmmv1.StreamMessage{Id: o.id[:], Body: &vmmv1.StreamMessage_Hello{Hello: hello}})
 			if err != nil {
 				t.Fatal(err)
 			}
+			end, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer end.Close()
 			var fds []int
-			for _, f := range tt.files {
+			for _, f := range append(tt.files, w) { // that of one more LUN
 				fds = append(fds, int(f.Fd()))
 			}
 			oob := unix.UnixRights(fds...)
@@ -212,6 +417,10 @@ func TestHostileMemory(t *testing.T) {
 			}
 			if why := m.GetRefused().GetReason(); !strings.Contains(why, tt.want) {
 				t.Errorf("the destination answers %v; want a refusal that says %q", m, tt.want)
+			}
+			w.Close()
+			if _, err := end.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("the destination still has a file: %v", err)
 			}
 		})
 	}

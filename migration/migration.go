@@ -106,6 +106,10 @@ type Offer struct {
 	// is and not to be written to before Run. Who returns a Destination has
 	// taken it over. It may be of any size, and its seals are to be checked.
 	Memory *os.File
+	// Name, if not nil, is the lock by which the source, on this host, has the
+	// guest's name. Like OfferedLUN.Held it is not to be trusted, and closed
+	// when Prepare has returned: a host that keeps it keeps a duplicate.
+	Name *os.File
 	// Attachments have the sizes that the source claims.
 	Attachments []Attachment
 }
@@ -119,8 +123,19 @@ type Attachment struct {
 	Data   io.ReaderAt // of the source; nil in an offer
 }
 
-// OfferedLUN is one of the guest's logical units.
-type OfferedLUN struct{ ID, Identity string }
+// OfferedLUN is one of the guest's logical units as the source says that it
+// sees it; the fields are those of LUN.
+type OfferedLUN struct {
+	ID, Identity    string
+	BootID, Address string
+	Nexus           pr.Nexus
+	Preflight       *pr.Preflight // FullStatus and Move of it
+	// Held are files by which the source, on this host, keeps others off. Where
+	// they let this host use the LUN by the source's own nexus, it sends
+	// nothing there, until the guest has stopped, that could take a unit
+	// attention away from the guest.
+	Held []*os.File
+}
 
 // Destination is a machine that a guest moves into.
 type Destination interface {
@@ -166,6 +181,12 @@ type LUN struct {
 	// Tracked is what the guest has, as far as its commands told. Only the
 	// source's is asked.
 	Tracked func() pr.Tracked
+	// Held are the files that keep everybody else off the LUN, and can be
+	// shared with another process of this host. They are the machine's. Only
+	// the source's are asked for, as is Pending: the unit attentions that the
+	// guest has not been told yet; nil: there are none.
+	Held    []*os.File
+	Pending func() []scsi.Sense
 	// Settled, if not nil, is told how the takeover ended where the guest is
 	// about to run, and which unit attentions the guest must still get.
 	Settled func(o pr.Outcome, attentions []scsi.Sense)

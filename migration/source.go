@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"os"
 	"time"
 
 	"vmm/memory"
@@ -37,6 +38,9 @@ type Options struct {
 	// Dial reaches by a unix socket. Channels, Downtime, MaxBandwidth and
 	// Timeout do not matter then.
 	Local bool
+	// Name is the lock by which this process has the guest's name, to be shared
+	// in a Local migration; nil: it is not.
+	Name *os.File
 	// Journal is where a LUN's intent is noted before the guest is handed
 	// over. It may be nil if no LUN has reservations.
 	Journal *pr.Journal
@@ -236,10 +240,7 @@ func (o *Outgoing) negotiate() error {
 	o.link = newLink(conn, o.id, o.opts.Deadlines.Idle)
 	hello := offerOf(o.src, o.opts.Channels)
 	if o.opts.Local {
-		hello.Channels, hello.Features = 0, []string{featureLocal}
-	}
-	if o.opts.Local {
-		err = o.handMemory(hello)
+		err = o.handOver(hello)
 	} else {
 		err = o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}})
 	}

@@ -88,7 +88,11 @@ func (t *takeover) add(index int, lun *LUN, m pr.Peer, came []scsi.Sense, ledger
 		w := encodeReservation(index, m)
 		if m.Kind == pr.State {
 			x.key = m.Key
-			w.Attentions = encodeSenses(pr.Keep(lun.Port.Seen, false))
+			seen := lun.Port.Seen
+			if lun.Pending != nil {
+				seen = append(lun.Pending(), seen...)
+			}
+			w.Attentions = encodeSenses(x.keep(seen, false))
 		}
 		return send(w)
 	}
@@ -102,9 +106,16 @@ func (t *takeover) add(index int, lun *LUN, m pr.Peer, came []scsi.Sense, ledger
 func (t *takeover) run(x *lunTakeover, m pr.Peer) {
 	defer close(x.ended)
 	ctx := context.Background()
-	// What does not answer now will not answer the machine either, which
-	// knows what to do then.
-	_ = x.lun.Port.Drain(ctx)
+	drain := func() {
+		// On a nexus that both sides have, the guest finds by itself what is
+		// pending there; and it may run on the other side already.
+		if !x.same() {
+			// What does not answer now will not answer the machine either,
+			// which knows what to do then.
+			_ = x.lun.Port.Drain(ctx)
+		}
+	}
+	drain()
 	for {
 		at := x.lun.Port.Run(ctx, m, x.task.Ledger, x.task.Tell)
 		if at == pr.Finish {
@@ -127,7 +138,7 @@ func (t *takeover) run(x *lunTakeover, m pr.Peer) {
 			return
 		}
 	}
-	_ = x.lun.Port.Drain(ctx)
+	drain()
 	o := outcomeOf(m)
 	tell := slices.Clone(x.came)
 	add := func(s scsi.Sense) {
@@ -135,13 +146,26 @@ func (t *takeover) run(x *lunTakeover, m pr.Peer) {
 			tell = append(tell, s)
 		}
 	}
-	for _, s := range pr.Keep(x.lun.Port.Seen, o.Kind != pr.Kept && o.Kind != pr.NothingHeld) {
+	for _, s := range x.keep(x.lun.Port.Seen, o.Kind != pr.Kept && o.Kind != pr.NothingHeld) {
 		add(s)
 	}
 	if s, ok := o.Attention(); ok {
 		add(s)
 	}
 	t.reports <- report{lun: x, finished: true, outcome: o, tell: tell}
+}
+
+// same says that both sides have the LUN by one nexus.
+func (x *lunTakeover) same() bool { return x.task.Machine.Pair().Same }
+
+// keep is which of the unit attentions that were met the guest must be told
+// (pr.Keep): all, on a nexus that stays its own, where nothing of ours causes
+// any.
+func (x *lunTakeover) keep(seen []scsi.Sense, ours bool) []scsi.Sense {
+	if x.same() {
+		return seen
+	}
+	return pr.Keep(seen, ours)
 }
 
 func outcomeOf(m pr.Peer) pr.Outcome {
@@ -332,6 +356,16 @@ func offerLUN(l *LUN) *vmmv1.HostLun {
 		w.Key, w.Spc2 = uint64(t.Key), t.SPC2
 	}
 	return w
+}
+
+// offeredLUN is what a peer says of a LUN of its own.
+func offeredLUN(w *vmmv1.HostLun) (OfferedLUN, error) {
+	n, err := nexusOf(w)
+	l := OfferedLUN{ID: w.GetId(), Identity: w.GetIdentity(), BootID: w.GetBootId(), Address: w.GetAddress(), Nexus: n}
+	if w.GetReservations() {
+		l.Preflight = &pr.Preflight{FullStatus: w.FullStatus, Move: w.RegisterAndMove}
+	}
+	return l, err
 }
 
 // nexusOf is the nexus that a peer claims to be; the zero value if it does

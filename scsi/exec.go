@@ -197,6 +197,18 @@ func (s *Shared) Raise(a Sense) {
 	s.Keep(b[:a.put(&b)])
 }
 
+// Pending are the unit attentions kept that the guest has not been told yet.
+func (s *Shared) Pending() (list []Sense) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.kept {
+		if a, ok := ParseSense(s.kept[i].sense[:s.kept[i].len]); ok {
+			list = append(list, a)
+		}
+	}
+	return list
+}
+
 // Keep holds sense data for the guest's next command. A condition that is
 // held already is not held twice.
 func (s *Shared) Keep(sense []byte) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 
@@ -120,6 +121,9 @@ func TestAttentionIsKeptForTheGuest(t *testing.T) {
 		}
 	}
 	sent := len(l.cdbs)
+	if got := s.Pending(); !slices.Equal(got, []scsi.Sense{reservedByUs, preemptedByOne}) {
+		t.Errorf("Pending() = %v", got)
+	}
 	for _, want := range []scsi.Sense{reservedByUs, preemptedByOne} {
 		c := guest(scsi.OpRead6)
 		if got, _ := scsi.ParseSense(c.Sense[:c.SenseLen]); c.Status != scsi.CheckCondition || got != want || c.Residual != 4 || c.SenseLen != scsi.FixedSenseLen {
@@ -131,6 +135,9 @@ func TestAttentionIsKeptForTheGuest(t *testing.T) {
 	}
 	if c := guest(scsi.OpRead6); c.Err() != nil {
 		t.Errorf("the guest's next command: %v; want success", c.Err())
+	}
+	if got := s.Pending(); got != nil {
+		t.Errorf("Pending() = %v; want none", got)
 	}
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -36,7 +37,7 @@ func runningNames(prefix string) []string {
 			names = append(names, r.Name)
 		}
 	}
-	return names
+	return slices.Compact(names) // one that runs may be waited for, too
 }
 
 // Flags whose values are files, and those whose values are directories, in

@@ -43,7 +43,7 @@ vmm receive waits, as "waiting".`,
 			for i, r := range running {
 				asked.Go(func() {
 					list[i] = &vmmv1.StatusResponse{Name: r.Name, State: "not answering", Pid: uint32(max(r.Pid, 0))}
-					client, err := dir.Dial(r.Name)
+					client, err := dir.DialListed(r)
 					if err != nil {
 						list[i].State = "ended"
 						return

@@ -44,11 +44,18 @@ Whoever may connect may have a guest run here: at other addresses than this host
 own that takes TLS, with the files in --tls-dir, else in ~/.config/vmm/tls, else in
 /etc/vmm/tls, unless --insecure says otherwise.
 
+At a unix socket NAME may run on this host already: vmm migrate NAME --local then
+makes this process its next one, with the same name, disks and reservations, which is
+how the monitor of a running guest is upgraded. Until then NAME is the old process, and
+a signal ends the waiting.
+
 While it waits vmm ls and vmm status show NAME as waiting, and vmm stop NAME ends that.
 With --detach it waits, and runs the guest, in the background, as vmm run --detach
 does; the command returns 0 when it waits.`,
 		Example: `  vmm receive web1 --listen tcp://0.0.0.0:4444
-  vmm receive --listen unix:///run/vmm/incoming --lun id=data,path=/dev/sg7`,
+  vmm receive --listen unix:///run/vmm/incoming --lun id=data,path=/dev/sg7
+  vmm receive web1 --listen unix:///run/vmm/upgrade &
+  vmm migrate web1 unix:///run/vmm/upgrade --local`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch len(args) {
 			case 0:
@@ -114,7 +121,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	}
 	waiting, giveUp := context.WithCancel(c.Context())
 	defer giveUp()
-	names := &claims{dir: dir, waiting: &control.Waiting{Address: address.String(), Stop: giveUp}}
+	names := &claims{dir: dir, waiting: &control.Waiting{Address: address.String(), Stop: giveUp}, beside: address.Network == "unix"}
 	defer func() { err = errors.Join(err, names.Close()) }()
 	if name != "" { // else the guest's own, when it comes
 		if err := names.await(name); err != nil {
@@ -126,7 +133,11 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	}
 	f.attach(c, &cfg)
 	settle(c.Context(), dir, cfg.Warn)
-	reception := &machine.Reception{Config: cfg, StateDir: state, Claim: names.take}
+	reception := &machine.Reception{Config: cfg, StateDir: state, Claim: names.take, Arrived: func() {
+		if err := names.arrived(); err != nil {
+			cfg.Warn(err.Error())
+		}
+	}}
 	if f.serial != "" {
 		reception.Serial = f.port
 	}
@@ -170,9 +181,6 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	arrival := got.Machine.(*machine.Arrival)
 	m := arrival.Machine()
 	defer func() { err = errors.Join(err, m.Close()) }()
-	if err := names.arrived(); err != nil {
-		cfg.Warn(err.Error())
-	}
 	err = f.supervise(c, names.claim, m, cfg.Warn, arrival.Wait)
 	// A guest that is gone needs no answer to whether it runs; the verdict that
 	// it did stays in the journal.
@@ -187,6 +195,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 type claims struct {
 	dir     control.RunDir
 	waiting *control.Waiting // nil: nobody waits, the guest is in a file
+	beside  bool             // the guest may run here, in another process
 
 	mu       sync.Mutex
 	incoming *control.Claim
@@ -204,7 +213,7 @@ func (n *claims) await(name string) error {
 }
 
 func (n *claims) awaitLocked(name string) (err error) {
-	if n.incoming, err = n.dir.Await(name); err != nil {
+	if n.incoming, err = n.dir.Await(name, n.beside); err != nil {
 		return err
 	}
 	n.waiting.Name = name
@@ -213,8 +222,9 @@ func (n *claims) awaitLocked(name string) (err error) {
 	return nil
 }
 
-// take claims the name of a guest that begins to arrive.
-func (n *claims) take(name string) error {
+// take claims the name of a guest that begins to arrive: from the process where
+// it runs, if that is on this host and hands its lock over.
+func (n *claims) take(name string, lock *os.File) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.claim != nil && n.name == name {
@@ -226,6 +236,9 @@ func (n *claims) take(name string) error {
 		}
 	}
 	claim, err := n.dir.Claim(name)
+	if errors.Is(err, control.ErrRunning) && lock != nil {
+		claim, err = n.dir.Inherit(name, lock)
+	}
 	if err != nil {
 		return err
 	}
@@ -247,10 +260,18 @@ func (n *claims) release() (err error) {
 	return err
 }
 
-// arrived ends the waiting: the guest is reached by its own name.
+// arrived ends the waiting: the guest is reached by its own name, and here.
 func (n *claims) arrived() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	err := n.endWaiting()
+	if n.claim != nil {
+		err = errors.Join(err, n.claim.Take())
+	}
+	return err
+}
+
+func (n *claims) endWaiting() error {
 	if n.incoming == nil {
 		return nil
 	}
@@ -266,8 +287,9 @@ func (n *claims) Close() error {
 	if n.incoming != nil {
 		closeServer(n.server) // who asked for the end learns that it has come
 	}
+	err := n.endWaiting()
 	n.mu.Unlock()
-	return errors.Join(n.arrived(), n.release())
+	return errors.Join(err, n.release())
 }
 
 // closeServer lets the last answers be taken. A client that does not take its

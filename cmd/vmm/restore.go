@@ -62,7 +62,7 @@ func (f *runFlags) restore(c *cobra.Command, name string) (err error) {
 	names := &claims{dir: dir}
 	defer func() { err = errors.Join(err, names.Close()) }()
 	if name != "" { // else the guest's own, which the file has
-		if err := names.take(name); err != nil {
+		if err := names.take(name, nil); err != nil {
 			return err
 		}
 	}

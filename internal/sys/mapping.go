@@ -68,3 +68,13 @@ func MemFD(name string, size int64) (*os.File, error) {
 	}
 	return f, nil
 }
+
+// Duplicate is another descriptor of the same open file: with its offset and
+// its locks, and to be closed by itself.
+func Duplicate(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate descriptor %d (%s): %w", int(f.Fd()), f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}

@@ -68,16 +68,21 @@ func (h host) list() ([]Unit, error) {
 }
 
 // Find returns the nodes /dev/sgN of this host's logical units of that Name,
-// in the kernel's order.
-func Find(name string) ([]string, error) { return host("/").findNamed(name) }
+// in the kernel's order, but first the one that another process hands over, if
+// there is one (first, which may be nil).
+func Find(name string, first *Handed) ([]string, error) { return host("/").findNamed(name, first) }
 
-func (h host) findNamed(name string) (nodes []string, err error) {
+func (h host) findNamed(name string, first *Handed) (nodes []string, err error) {
 	units, err := h.list()
 	if err != nil {
 		return nil, fmt.Errorf("look for %s: %w", name, err)
 	}
 	for _, u := range units {
-		if u.Name == name && name != "" {
+		switch {
+		case u.Name != name || name == "":
+		case first.at(u.Nexus):
+			nodes = slices.Insert(nodes, 0, u.Node)
+		default:
 			nodes = append(nodes, u.Node)
 		}
 	}

@@ -633,6 +633,65 @@ func TestLabLock(t *testing.T) {
 	}
 }
 
+// A logical unit passes from one holder to another without a moment at which a
+// third one gets it: the lock, and the block node.
+func TestLabHandedOver(t *testing.T) {
+	b := lab(t)
+	run := t.TempDir()
+	third := func(when string) {
+		t.Helper()
+		for _, dir := range []string{run, t.TempDir()} { // by the lock, by the block node
+			if l, err := Open(b.A.SG, Options{VM: "third", RunDir: dir}); !errors.Is(err, ErrBusy) {
+				t.Errorf("%s: a third Open = %v, %v; want ErrBusy", when, l, err)
+				if err == nil {
+					l.Close()
+				}
+			}
+		}
+	}
+	old, err := Open(b.A.SG, Options{VM: "web1", RunDir: run})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { old.Close() }()
+	for range 3 {
+		handed := &Handed{old.Nexus().BootID, old.Nexus().Address.String(), old.Held()}
+		if len(handed.Files) != MaxHeld {
+			t.Fatalf("Held() = %d files; want %d", len(handed.Files), MaxHeld)
+		}
+		if other, err := Open(b.B.SG, Options{VM: "web1", RunDir: run, Handed: handed}); err != nil || other.Shared() {
+			t.Errorf("Open of another nexus = %v, shared; want one of its own", err)
+		} else {
+			other.Close()
+		}
+		if l, err := Open(b.A.SG, Options{VM: "web1", RunDir: run, Handed: &Handed{handed.BootID, handed.Address, []*os.File{handed.Files[0], handed.Files[0]}}}); err == nil || !strings.Contains(err.Error(), "something else than "+b.A.Block) {
+			t.Errorf("Open with a lock for the node = %v, %v", l, err)
+		}
+		next, err := Open(b.A.SG, Options{VM: "web1", RunDir: run, Handed: handed})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !next.Shared() || old.Shared() {
+			t.Errorf("Shared() = %v at the new holder, %v at the old one", next.Shared(), old.Shared())
+		}
+		third("both hold it")
+		if err := old.Close(); err != nil {
+			t.Error(err)
+		}
+		old = next
+		third("the old one has gone")
+		if err := old.Possess("web2"); err != nil {
+			t.Error(err)
+		}
+	}
+	old.Close()
+	if l, err := Open(b.A.SG, Options{VM: "third", RunDir: run}); err != nil {
+		t.Errorf("Open of what all have closed = %v", err)
+	} else {
+		l.Close()
+	}
+}
+
 func TestLabDisksInUseAreRefused(t *testing.T) {
 	b := lab(t)
 	labs.debug.Set("delay", "0")

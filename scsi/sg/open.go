@@ -24,6 +24,10 @@ type Options struct {
 	// it and begins error recovery; 0 is DefaultTimeout. It is rounded up to
 	// milliseconds, and the kernel takes less than 7 s on a block node for 7.
 	Timeout time.Duration
+
+	// Handed, if not nil, is from a process that has the unit for the same
+	// guest. It is used if path leads to that process's own nexus.
+	Handed *Handed
 }
 
 // DefaultTimeout is that of Linux's disk driver.
@@ -171,6 +175,10 @@ func (l *LUN) own(h host, dv *device, o Options) error {
 	default:
 		return fmt.Errorf("%s %s is not a disk (peripheral device type %02Xh): vmm passes disks through", l.identity.Vendor, l.identity.Product, l.identity.DeviceType)
 	}
-	l.hold, err = h.take(dv, l.identity, o.RunDir, o.VM)
+	if o.Handed.at(l.nexus) {
+		l.hold, err = h.share(dv, l.identity, o.RunDir, o.Handed.Files)
+	} else {
+		l.hold, err = h.take(dv, l.identity, o.RunDir, o.VM)
+	}
 	return err
 }

@@ -141,8 +141,23 @@ func TestList(t *testing.T) {
 		t.Errorf("list() = %+v; want %+v", got, want)
 	}
 	for name, want := range map[string][]string{name: {"/dev/sg2", "/dev/sg10"}, "naa.6001": nil, "": nil} {
-		if got, err := h.findNamed(name); err != nil || !slices.Equal(got, want) {
+		if got, err := h.findNamed(name, nil); err != nil || !slices.Equal(got, want) {
 			t.Errorf("findNamed(%q) = %v, %v; want %v", name, got, err, want)
+		}
+	}
+	// Of several that lead to one unit, the nexus that is handed over comes first.
+	held := []*os.File{os.Stdin}
+	for _, c := range []struct {
+		first Handed
+		want  []string
+	}{
+		{Handed{boot, "2:0:1:10", held}, []string{"/dev/sg10", "/dev/sg2"}},
+		{Handed{boot, "2:0:1:10", nil}, []string{"/dev/sg2", "/dev/sg10"}},
+		{Handed{"another", "2:0:1:10", held}, []string{"/dev/sg2", "/dev/sg10"}},
+		{Handed{boot, "2:0:1:4", held}, []string{"/dev/sg2", "/dev/sg10"}},
+	} {
+		if got, err := h.findNamed(name, &c.first); err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("findNamed(%q, %+v) = %v, %v; want %v", name, c.first, got, err, c.want)
 		}
 	}
 	if got, err := tree(t, nil).list(); got != nil || err != nil {

@@ -471,8 +471,11 @@ type Hello struct {
 	Regions      []*MemoryRegion `protobuf:"bytes,5,rep,name=regions,proto3" json:"regions,omitempty"`
 	Luns         []*HostLun      `protobuf:"bytes,6,rep,name=luns,proto3" json:"luns,omitempty"`
 	// Channels is the number of data connections, 1 to 64.
-	Channels      uint32        `protobuf:"varint,7,opt,name=channels,proto3" json:"channels,omitempty"`
-	Attachments   []*Attachment `protobuf:"bytes,8,rep,name=attachments,proto3" json:"attachments,omitempty"`
+	Channels    uint32        `protobuf:"varint,7,opt,name=channels,proto3" json:"channels,omitempty"`
+	Attachments []*Attachment `protobuf:"bytes,8,rep,name=attachments,proto3" json:"attachments,omitempty"`
+	// Name says that the lock on the guest's name comes beside this message, as
+	// the last file (see HostLun.held).
+	Name          bool `protobuf:"varint,9,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -561,6 +564,13 @@ func (x *Hello) GetAttachments() []*Attachment {
 		return x.Attachments
 	}
 	return nil
+}
+
+func (x *Hello) GetName() bool {
+	if x != nil {
+		return x.Name
+	}
+	return false
 }
 
 // Attachment is a file that moves with the guest, such as the kernel that a
@@ -755,7 +765,11 @@ type HostLun struct {
 	// Nonce is what the source keeps beside a disk image while it has it open:
 	// whoever has the same file, and no copy, finds it there. Empty: not a file,
 	// or none that can be written to.
-	Nonce         []byte `protobuf:"bytes,12,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	Nonce []byte `protobuf:"bytes,12,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// Held is how many files come beside Hello that keep others off this LUN: a
+	// source which hands its memory over shares them, so that the LUN can be
+	// opened by the same nexus. The order is: memory, those of each LUN, name.
+	Held          uint32 `protobuf:"varint,13,opt,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -872,6 +886,13 @@ func (x *HostLun) GetNonce() []byte {
 		return x.Nonce
 	}
 	return nil
+}
+
+func (x *HostLun) GetHeld() uint32 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
 }
 
 // Welcome accepts the offer. The guest may be copied.
@@ -1792,7 +1813,7 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\n" +
 	"attachment\x18\x11 \x01(\v2\x17.vmm.v1.AttachmentChunkH\x00R\n" +
 	"attachmentB\x06\n" +
-	"\x04body\"\xcd\x02\n" +
+	"\x04body\"\xe1\x02\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12-\n" +
@@ -1801,7 +1822,8 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\aregions\x18\x05 \x03(\v2\x14.vmm.v1.MemoryRegionR\aregions\x12#\n" +
 	"\x04luns\x18\x06 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\x12\x1a\n" +
 	"\bchannels\x18\a \x01(\rR\bchannels\x124\n" +
-	"\vattachments\x18\b \x03(\v2\x12.vmm.v1.AttachmentR\vattachments\"L\n" +
+	"\vattachments\x18\b \x03(\v2\x12.vmm.v1.AttachmentR\vattachments\x12\x12\n" +
+	"\x04name\x18\t \x01(\bR\x04name\"L\n" +
 	"\n" +
 	"Attachment\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
@@ -1814,7 +1836,7 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"<\n" +
 	"\fMemoryRegion\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\x04R\aaddress\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x04R\x04size\"\xd9\x02\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\"\xed\x02\n" +
 	"\aHostLun\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x17\n" +
@@ -1830,7 +1852,8 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x03key\x18\n" +
 	" \x01(\x06R\x03key\x12\x12\n" +
 	"\x04spc2\x18\v \x01(\bR\x04spc2\x12\x14\n" +
-	"\x05nonce\x18\f \x01(\fR\x05nonce\"H\n" +
+	"\x05nonce\x18\f \x01(\fR\x05nonce\x12\x12\n" +
+	"\x04held\x18\r \x01(\rR\x04held\"H\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12#\n" +
 	"\x04luns\x18\x02 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\"!\n" +
