@@ -105,6 +105,7 @@ func (d *DirtyLog) visitAll(fn func(gpa memory.GPA, n uint64) error) error {
 // leaves holes alone, pages that nobody ever touched: they are zero. fn's error
 // ends it, and the log is of no use then but to be closed.
 func (d *DirtyLog) Visit(fn func(gpa memory.GPA, n uint64) error) error {
+	finder := d.m.ram.Finder() // a guest of vmm gives no memory back
 	for i := range d.regions {
 		r := &d.regions[i]
 		total := len(r.Bytes) / memory.PageSize
@@ -121,8 +122,8 @@ func (d *DirtyLog) Visit(fn func(gpa memory.GPA, n uint64) error) error {
 			if d.all {
 				// The holes are looked for when the chunk is watched: a page
 				// that is written for the first time from now on is either
-				// found or logged.
-				err = d.m.ram.Extents(gpa, uint64(n)*memory.PageSize, fn)
+				// found or logged. (A Finder remembers no holes.)
+				err = finder.Extents(gpa, uint64(n)*memory.PageSize, fn)
 			} else {
 				err = runs(vcpus, devices, func(at, n int) error {
 					return fn(gpa+memory.GPA(at)*memory.PageSize, uint64(n)*memory.PageSize)

@@ -13,29 +13,48 @@ import (
 // shared memfd allocates it. It moves the file's offset, so there is one
 // caller at a time.
 func (r *RAM) Extents(gpa GPA, n uint64, fn func(gpa GPA, n uint64) error) error {
-	reg, err := r.region(gpa, n)
+	return r.Finder().Extents(gpa, n, fn)
+}
+
+// Finder finds the memory of RAM piece by piece. The kernel looks at each page
+// from a place to the next hole, however far that is; a Finder remembers how
+// far, and looks at it once. Nobody may Discard what it has found.
+type Finder struct {
+	ram      *RAM
+	from, to int64 // in the memfd: what was found last, up to a hole
+}
+
+// Finder is one that has found nothing yet.
+func (r *RAM) Finder() *Finder { return &Finder{ram: r} }
+
+// Extents is that of RAM.
+func (f *Finder) Extents(gpa GPA, n uint64, fn func(gpa GPA, n uint64) error) error {
+	reg, err := f.ram.region(gpa, n)
 	if err != nil {
 		return err
 	}
-	fd := int(r.file.Fd())
+	fd := int(f.ram.file.Fd())
 	start := reg.Offset + int64(gpa-reg.GPA)
 	for at, end := start, start+int64(n); at < end; {
-		data, err := unix.Seek(fd, at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) || err == nil && data >= end {
-			return nil // nothing but holes from here on
+		if at < f.from || at >= f.to {
+			data, err := unix.Seek(fd, at, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) || err == nil && data >= end {
+				return nil // nothing but holes from here on
+			}
+			if err != nil {
+				return fmt.Errorf("seek data at offset %#x of guest memory: %w", at, err)
+			}
+			hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
+			if err != nil {
+				return fmt.Errorf("seek a hole at offset %#x of guest memory: %w", data, err)
+			}
+			f.from, f.to, at = data, hole, data
 		}
-		if err != nil {
-			return fmt.Errorf("seek data at offset %#x of guest memory: %w", at, err)
-		}
-		hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
-		if err != nil {
-			return fmt.Errorf("seek a hole at offset %#x of guest memory: %w", data, err)
-		}
-		hole = min(hole, end)
-		if err := fn(gpa+GPA(data-start), uint64(hole-data)); err != nil {
+		last := min(f.to, end)
+		if err := fn(gpa+GPA(at-start), uint64(last-at)); err != nil {
 			return err
 		}
-		at = hole
+		at = last
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package memory
 
 import (
 	"errors"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -41,15 +42,25 @@ func TestExtentsAndDiscardMatchAModel(t *testing.T) {
 		}
 		from := rapid.IntRange(0, pages-1).Draw(rt, "from")
 		to := rapid.IntRange(from+1, pages).Draw(rt, "to")
+		// In pieces, which may go back, or in one.
 		var got [pages]bool
-		err = r.Extents(GPA(from*PageSize), uint64((to-from)*PageSize), func(gpa GPA, n uint64) error {
-			for p := uint64(gpa) / PageSize; p < (uint64(gpa)+n)/PageSize; p++ {
-				got[p] = true
+		finder := r.Finder()
+		piece := rapid.IntRange(1, pages).Draw(rt, "piece")
+		starts := rapid.Permutation(ascending(from, to, piece)).Draw(rt, "order")
+		for _, at := range starts {
+			n := min(piece, to-at)
+			err := finder.Extents(GPA(at*PageSize), uint64(n*PageSize), func(gpa GPA, size uint64) error {
+				for p := int(gpa) / PageSize; p < (int(gpa)+int(size))/PageSize; p++ {
+					if p < at || p >= at+n {
+						rt.Fatalf("page %d in an extent of [%d, %d)", p, at, at+n)
+					}
+					got[p] = true
+				}
+				return nil
+			})
+			if err != nil {
+				rt.Fatal(err)
 			}
-			return nil
-		})
-		if err != nil {
-			rt.Fatal(err)
 		}
 		blocks := int64(0)
 		for p := range pages {
@@ -65,6 +76,42 @@ func TestExtentsAndDiscardMatchAModel(t *testing.T) {
 			rt.Fatalf("the memfd has %d blocks, %v; want %d", st.Blocks, err, blocks)
 		}
 	})
+}
+
+// ascending is from, from+step and so on, below to.
+func ascending(from, to, step int) (list []int) {
+	for ; from < to; from += step {
+		list = append(list, from)
+	}
+	return list
+}
+
+// What is written ahead of a Finder is found: a hole is never remembered.
+func TestFinderSeesNewMemory(t *testing.T) {
+	r := newRAM(t, 8*PageSize)
+	view, _ := r.Slice(0, 8*PageSize)
+	f := r.Finder()
+	var got []uint64
+	step := func(page int) {
+		t.Helper()
+		if err := f.Extents(GPA(page*PageSize), 2*PageSize, func(gpa GPA, n uint64) error {
+			got = append(got, uint64(gpa)/PageSize, n/PageSize)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	view[PageSize], view[2*PageSize] = 1, 1
+	step(0) // finds pages 1 and 2, hole at 3
+	view[3*PageSize], view[4*PageSize] = 1, 1
+	step(2)
+	view[7*PageSize] = 1
+	step(4)
+	view[6*PageSize] = 1
+	step(6)
+	if want := []uint64{1, 1, 2, 1, 3, 1, 4, 1, 6, 2}; !slices.Equal(got, want) {
+		t.Errorf("extents (page, pages) = %v; want %v", got, want)
+	}
 }
 
 func TestExtentsStopsAtAnError(t *testing.T) {

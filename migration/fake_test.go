@@ -149,8 +149,9 @@ func (s *fakeSource) Resume() error {
 
 // fakeLog is a dirty log whose pages are in one region.
 type fakeLog struct {
-	s     *fakeSource
-	taken map[uint64]bool
+	s       *fakeSource
+	taken   map[uint64]bool
+	visited bool
 }
 
 func (l *fakeLog) Collect() (uint64, error) {
@@ -172,6 +173,11 @@ func (l *fakeLog) Collect() (uint64, error) {
 }
 
 func (l *fakeLog) Visit(fn func(memory.GPA, uint64) error) error {
+	visit := fn
+	if !l.visited {
+		visit = func(gpa memory.GPA, n uint64) error { return l.s.ram.Extents(gpa, n, fn) }
+	}
+	l.visited = true
 	pages := l.s.ram.Size() / memory.PageSize
 	for p := uint64(0); p < pages; {
 		if !l.taken[p] {
@@ -188,7 +194,7 @@ func (l *fakeLog) Visit(fn func(memory.GPA, uint64) error) error {
 			delete(l.s.dirty, q)
 		}
 		l.s.mu.Unlock()
-		if err := fn(memory.GPA(first*memory.PageSize), (p-first)*memory.PageSize); err != nil {
+		if err := visit(memory.GPA(first*memory.PageSize), (p-first)*memory.PageSize); err != nil {
 			return err
 		}
 	}

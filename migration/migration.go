@@ -80,7 +80,8 @@ type DirtyLog interface {
 	// Visit calls fn with each run of collected pages, of n bytes in one
 	// region, ascending. Before that the log is told to watch the run's pages
 	// again: what is written while fn reads them is collected the next time.
-	// fn's error ends it.
+	// The first Visit leaves out what has no memory behind it: the
+	// destination's memory begins as one hole. fn's error ends it.
 	Visit(fn func(gpa memory.GPA, n uint64) error) error
 	// Close ends the tracking.
 	Close() error

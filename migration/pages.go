@@ -24,8 +24,8 @@ import (
 //	run     0..7 guest address, a multiple of 4096; bit 0: the run is zero
 //	        8..15 length in bytes, a multiple of 4096
 //
-// A hole of the source's memory is not mentioned in the first round: the
-// destination's memory begins as one hole.
+// A hole of the source's memory is not mentioned in the first round (see
+// DirtyLog).
 const (
 	frameHead  = 16
 	frameRun   = 16
@@ -131,13 +131,12 @@ type pump struct {
 	channels []*channel
 	limit    limiter
 	sent     atomic.Uint64 // bytes
-	walked   atomic.Uint64 // bytes of memory, also those that need not be sent
+	walked   atomic.Uint64 // bytes of memory, zero pages included
 }
 
-// round sends what visit visits, then the round's marker on every channel. In
-// a sparse round holes are left out: the destination has them already. When
+// round sends what visit visits, then the round's marker on every channel. When
 // ctx ends the channels are of no use any more.
-func (p *pump) round(ctx context.Context, number uint32, sparse bool, visit func(func(memory.GPA, uint64) error) error) error {
+func (p *pump) round(ctx context.Context, number uint32, visit func(func(memory.GPA, uint64) error) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	work := make(chan []run, len(p.channels))
@@ -165,7 +164,7 @@ func (p *pump) round(ctx context.Context, number uint32, sparse bool, visit func
 			}
 		})
 	}
-	err := p.feed(ctx, work, free, sparse, visit)
+	err := p.feed(ctx, work, free, visit)
 	close(work)
 	wg.Wait()
 	if cause := context.Cause(ctx); cause != nil {
@@ -175,7 +174,7 @@ func (p *pump) round(ctx context.Context, number uint32, sparse bool, visit func
 }
 
 // feed cuts what visit visits into portions of one frame.
-func (p *pump) feed(ctx context.Context, work chan<- []run, free <-chan []run, sparse bool, visit func(func(memory.GPA, uint64) error) error) error {
+func (p *pump) feed(ctx context.Context, work chan<- []run, free <-chan []run, visit func(func(memory.GPA, uint64) error) error) error {
 	runs, size := <-free, uint64(0)
 	hand := func() error {
 		select {
@@ -186,11 +185,9 @@ func (p *pump) feed(ctx context.Context, work chan<- []run, free <-chan []run, s
 			return ctx.Err()
 		}
 	}
-	added := uint64(0)
-	add := func(gpa memory.GPA, n uint64) error {
+	err := visit(func(gpa memory.GPA, n uint64) error {
 		for n > 0 {
 			k := min(n, maxPayload-size)
-			added += k
 			p.walked.Add(k)
 			runs = append(runs, run{gpa, k})
 			size, gpa, n = size+k, gpa+memory.GPA(k), n-k
@@ -201,15 +198,6 @@ func (p *pump) feed(ctx context.Context, work chan<- []run, free <-chan []run, s
 			}
 		}
 		return nil
-	}
-	err := visit(func(gpa memory.GPA, n uint64) error {
-		if !sparse {
-			return add(gpa, n)
-		}
-		before := added
-		err := p.ram.Extents(gpa, n, add)
-		p.walked.Add(n - (added - before))
-		return err
 	})
 	if err == nil && size > 0 {
 		err = hand()

@@ -168,9 +168,9 @@ func (s *saving) save(ctx context.Context) error {
 	if err := s.state(ctx); err != nil {
 		return err
 	}
-	err = s.pages.round(ctx, 1, true, func(fn func(memory.GPA, uint64) error) error {
+	err = s.pages.round(ctx, 1, func(fn func(memory.GPA, uint64) error) error {
 		for _, r := range s.src.RAM().Regions() {
-			if err := fn(r.GPA, uint64(len(r.Bytes))); err != nil {
+			if err := s.src.RAM().Extents(r.GPA, uint64(len(r.Bytes)), fn); err != nil {
 				return err
 			}
 		}

@@ -396,7 +396,7 @@ func (o *Outgoing) sendRound(log DirtyLog, deadline time.Time) error {
 	ctx, stop := context.WithCancel(context.Background())
 	o.round = make(chan error, 1)
 	result := o.round
-	go func() { result <- o.pages.round(ctx, number, number == 1, log.Visit) }()
+	go func() { result <- o.pages.round(ctx, number, log.Visit) }()
 	wait := time.Duration(math.MaxInt64)
 	if !deadline.IsZero() {
 		wait = time.Until(deadline)

@@ -338,7 +338,7 @@ func stream(b *testing.B, channels int, dial func(net.Listener) func() net.Conn,
 	round := uint32(0)
 	send := func() {
 		round++
-		if err := p.round(context.Background(), round, true, visit); err != nil {
+		if err := p.round(context.Background(), round, visit); err != nil {
 			b.Fatal(err)
 		}
 		for range channels {
