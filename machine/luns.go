@@ -162,13 +162,32 @@ func (m *Machine) openBackend(l *LUNConfig) (scsi.LUN, error) {
 // openImage opens a software disk by the nexus called name. A guest that comes
 // from another process of this host under the name that it has there finds its
 // nexus in use, by itself: then it takes a second one, from which it comes back
-// to the first the next time.
+// to the first the next time. If it ends on the second one, and leaves its
+// registration there, it begins there.
 func (m *Machine) openImage(l *LUNConfig, name string) (scsi.LUN, error) {
-	d, err := disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: name})
-	if l.Offered != nil && errors.Is(err, disk.ErrInUse) {
-		return open(disk.Open(l.Path, disk.Options{ReadOnly: l.ReadOnly, Initiator: name + "#2"}))
+	second := name + "#2"
+	o := disk.Options{ReadOnly: l.ReadOnly, Initiator: name}
+	d, err := disk.Open(l.Path, o)
+	switch {
+	case l.Offered != nil && errors.Is(err, disk.ErrInUse):
+		o.Initiator = second
+		return open(disk.Open(l.Path, o))
+	case err != nil || m.guest != guestBoots:
+		return open(d, err)
 	}
-	return open(d, err)
+	here, err := d.Registered(name)
+	there := false
+	if err == nil && !here {
+		there, err = d.Registered(second)
+	}
+	if err == nil && !there {
+		return d, nil
+	}
+	if err = errors.Join(err, d.Close()); err != nil {
+		return nil, err
+	}
+	o.Initiator = second
+	return open(disk.Open(l.Path, o))
 }
 
 // open makes of a backend that could not be opened none at all, rather than

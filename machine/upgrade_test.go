@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -87,6 +88,18 @@ func TestGuestMovesToItsSuccessors(t *testing.T) {
 	second, _ := pr.NamedNexus(host + ":web1#2")
 	if want := []pr.Nexus{second, first, second, first, second}; !slices.Equal(nexuses, want) {
 		t.Errorf("the nexuses were %v; want %v", nexuses, want)
+	}
+	// Started anew, it finds what it has left on its second nexus.
+	if err := errors.Join(m.Stop(), ended(), m.Close()); err != nil {
+		t.Error(err)
+	}
+	again, _ := newMachine(t, counts(), func(c *Config) {
+		c.Name, c.RunDir = "web1", runDir
+		c.LUNs = []LUNConfig{{ID: "data", Path: image, Target: 0}}
+	})
+	now, err := again.Reservation(t.Context(), "data")
+	if err != nil || len(now.Registrations) != 1 || now.Own != 0 || now.Guest.Key != key || now.Guest.Type != pr.WriteExclusive {
+		t.Errorf("started anew: the LUN has %+v, %v; want key %x on the machine's nexus", now, err, key)
 	}
 }
 

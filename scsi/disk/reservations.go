@@ -145,6 +145,20 @@ func (l *LUN) reservedAttention(w *worker) (s scsi.Sense, r result) {
 	return s, answered(pr.Answer{}, err)
 }
 
+// Registered says whether the nexus of that initiator name is registered with
+// the disk. That is no command, and takes no unit attention away.
+func (l *LUN) Registered(initiator string) (bool, error) {
+	nexus, err := pr.NamedNexus(initiator)
+	if err != nil || l.reservations == nil {
+		return false, err
+	}
+	t, err := l.reservations.Target()
+	if err != nil {
+		return false, fmt.Errorf("disk: %s: %w", l.path, err)
+	}
+	return t.Key(nexus) != 0, nil
+}
+
 // persistentIn is PERSISTENT RESERVE IN (SPC-5 6.15).
 func (l *LUN) persistentIn(_ *worker, c *scsi.Command, _ extent) result {
 	data, a, err := l.reservations.Execute(c.CDB, nil)
