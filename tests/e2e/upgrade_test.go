@@ -66,7 +66,7 @@ done) >/dev/null 2>&1 </dev/null &`)
 		if got := local(t, vmm+" pr show test"); !strings.Contains(got, guestKey) || !strings.Contains(got, "Write Exclusive") {
 			t.Errorf("upgrade %d: vmm pr show says\n%s\nwant key %s and Write Exclusive", i, got, guestKey)
 		}
-		other := fmt.Sprintf("%s run other --kernel %s --memory 64M --lun path=%s", vmm, filepath.Join(stage, cloud.flavour, cloud.format), nexus.SG)
+		other := fmt.Sprintf("%s run other --kernel %s --memory 256M --lun path=%s", vmm, filepath.Join(stage, cloud.flavour, cloud.format), nexus.SG)
 		if got, err := tryLocal(t, other); err == nil || !strings.Contains(got, fmt.Sprintf("in use by VM test (pid %d)", pid)) {
 			t.Errorf("upgrade %d: another guest with the LUN: %v\n%s\nwant it in use by VM test (pid %d)", i, err, got, pid)
 		}
