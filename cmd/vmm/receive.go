@@ -6,14 +6,12 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"vmm/control"
 	"vmm/doctor"
-	"vmm/machine"
 	"vmm/migration"
 	vmmv1 "vmm/proto/vmm/v1"
 )
@@ -98,56 +96,27 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return bad("listen", err)
 	}
-	if f.stopTimeout < 0 {
-		return bad("stop-timeout", fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout))
-	}
-	cfg := machine.Config{Name: name}
-	if cfg.LUNs, err = namedLUNs(f.luns); err != nil {
-		return err
-	}
 	f.tls.settle(c, address)
 	security, err := f.tls.security()
 	if err != nil {
 		return bad("tls-dir", err)
 	}
-	dir, err := control.DefaultRunDir()
-	if err != nil {
-		return err
-	}
-	cfg.RunDir = string(dir)
-	state, err := control.StateDir()
-	if err != nil {
-		return err
-	}
 	waiting, giveUp := context.WithCancel(c.Context())
 	defer giveUp()
-	names := &claims{dir: dir, waiting: &control.Waiting{Address: address.String(), Stop: giveUp}, beside: address.Network == "unix"}
+	names := &claims{waiting: &control.Waiting{Address: address.String(), Stop: giveUp}, beside: address.Network == "unix"}
 	defer func() { err = errors.Join(err, names.Close()) }()
-	if name != "" { // else the guest's own, when it comes
-		if err := names.await(name); err != nil {
-			return err
-		}
-	}
-	if err := f.background.openLog(dir, name); err != nil {
+	reception, err := f.expect(c, name, f.luns, names)
+	if err != nil {
 		return err
 	}
-	f.attach(c, &cfg)
-	settle(c.Context(), dir, cfg.Warn)
-	reception := &machine.Reception{Config: cfg, StateDir: state, Claim: names.take, Arrived: func() {
-		if err := names.arrived(); err != nil {
-			cfg.Warn(err.Error())
-		}
-	}}
-	if f.serial != "" {
-		reception.Serial = f.port
-	}
+	warn := reception.Config.Warn
 	ln, err := migration.Listen(address, security, f.peers)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := signal.NotifyContext(waiting, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer cancel()
-	cfg.Warn(fmt.Sprintf("waiting for a guest at %v", address))
+	warn(fmt.Sprintf("waiting for a guest at %v", address))
 	if err := f.background.ready("%s waits in the background for a guest at %v (pid %d)", name, address, os.Getpid()); err != nil {
 		ln.Close()
 		return err
@@ -158,11 +127,11 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	defer end()
 	tied := context.AfterFunc(ctx, end)
 	got, err := migration.Receive(life, ln, reception, migration.ReceiveOptions{
-		StateDir: state,
-		Warn:     func(err error) { cfg.Warn(err.Error()) },
+		StateDir: reception.StateDir,
+		Warn:     func(err error) { warn(err.Error()) },
 		GivenUp: func() {
 			if err := names.release(); err != nil {
-				cfg.Warn(err.Error())
+				warn(err.Error())
 			}
 		},
 		Survey: func() *vmmv1.HostSurvey { return doctor.Survey(version) },
@@ -175,127 +144,10 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	}
 	tied()
 	cancel()
-	for _, l := range got.LUNs {
-		cfg.Warn(l.Sentence)
-	}
-	arrival := got.Machine.(*machine.Arrival)
-	m := arrival.Machine()
-	defer func() { err = errors.Join(err, m.Close()) }()
-	err = f.supervise(c, names.claim, m, cfg.Warn, arrival.Wait)
+	err = f.stay(c, names, warn, got)
 	// A guest that is gone needs no answer to whether it runs; the verdict that
 	// it did stays in the journal.
 	end()
 	<-got.Answered
 	return err
-}
-
-// claims are the names of a guest that is still to come: the one under which
-// this process is reached while it waits, and, while a guest arrives, the
-// guest's.
-type claims struct {
-	dir     control.RunDir
-	waiting *control.Waiting // nil: nobody waits, the guest is in a file
-	beside  bool             // the guest may run here, in another process
-
-	mu       sync.Mutex
-	incoming *control.Claim
-	server   *control.Server // on incoming
-	name     string
-	claim    *control.Claim
-}
-
-// await makes this process the one that waits for the guest called name, and
-// reachable as that.
-func (n *claims) await(name string) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.awaitLocked(name)
-}
-
-func (n *claims) awaitLocked(name string) (err error) {
-	if n.incoming, err = n.dir.Await(name, n.beside); err != nil {
-		return err
-	}
-	n.waiting.Name = name
-	n.server = control.NewWaitingServer(n.incoming, *n.waiting, version)
-	go n.server.Serve() // until arrived, or the end of the process
-	return nil
-}
-
-// take claims the name of a guest that begins to arrive: from the process where
-// it runs, if that is on this host and hands its lock over.
-func (n *claims) take(name string, lock *os.File) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.claim != nil && n.name == name {
-		return nil
-	}
-	if n.incoming == nil && n.waiting != nil {
-		if err := n.awaitLocked(name); err != nil {
-			return err
-		}
-	}
-	claim, err := n.dir.Claim(name)
-	if errors.Is(err, control.ErrRunning) && lock != nil {
-		claim, err = n.dir.Inherit(name, lock)
-	}
-	if err != nil {
-		return err
-	}
-	if n.claim != nil {
-		err = n.claim.Close()
-	}
-	n.name, n.claim = name, claim
-	return err
-}
-
-// release gives up the name of a guest that did not arrive.
-func (n *claims) release() (err error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.claim != nil {
-		err = n.claim.Close()
-		n.claim = nil
-	}
-	return err
-}
-
-// arrived ends the waiting: the guest is reached by its own name, and here.
-func (n *claims) arrived() error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	err := n.endWaiting()
-	if n.claim != nil {
-		err = errors.Join(err, n.claim.Take())
-	}
-	return err
-}
-
-func (n *claims) endWaiting() error {
-	if n.incoming == nil {
-		return nil
-	}
-	err := n.incoming.Close()
-	n.incoming = nil
-	go closeServer(n.server) // the guest's own does not wait for that
-	return err
-}
-
-// Close gives up all names.
-func (n *claims) Close() error {
-	n.mu.Lock()
-	if n.incoming != nil {
-		closeServer(n.server) // who asked for the end learns that it has come
-	}
-	err := n.endWaiting()
-	n.mu.Unlock()
-	return errors.Join(err, n.release())
-}
-
-// closeServer lets the last answers be taken. A client that does not take its
-// own is left behind.
-func closeServer(s *control.Server) {
-	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
-	defer cancel()
-	_ = s.Close(ctx)
 }

@@ -83,7 +83,7 @@ file is marked as used before the guest runs, and refused from then on.`,
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(c *cobra.Command, args []string) error {
-			if err := f.check(c); err != nil {
+			if err := f.fromFlags.check(c); err != nil {
 				return err
 			}
 			if f.detach && f.from != "" && len(args) == 0 {
@@ -116,6 +116,9 @@ file is marked as used before the guest runs, and refused from then on.`,
 // config is the machine that the command line and the file describe. A flag
 // that is given wins over the file; --lun adds to the file's LUNs.
 func (f *runFlags) config(c *cobra.Command, name string) (cfg machine.Config, err error) {
+	if err := f.foreground.check(); err != nil {
+		return cfg, err
+	}
 	settings := []struct {
 		flag string
 		set  func() error
@@ -140,12 +143,6 @@ func (f *runFlags) config(c *cobra.Command, name string) (cfg machine.Config, er
 					return err
 				}
 				cfg.LUNs = append(cfg.LUNs, l)
-			}
-			return nil
-		}},
-		{"stop-timeout", func() error {
-			if f.stopTimeout < 0 {
-				return fmt.Errorf("%v: give a time of 0 or more", f.stopTimeout)
 			}
 			return nil
 		}},
@@ -260,6 +257,14 @@ func (f *foreground) addFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&f.serial, "serial", "", "unix socket, made here, that is the guest's second serial port (ttyS1)")
 	fs.DurationVar(&f.stopTimeout, "stop-timeout", control.DefaultStopTimeout, "time between the power button and force")
 	fs.BoolVar(&f.detach, "detach", false, "go to the background; see above")
+}
+
+// check refuses what no flag can mean.
+func (f *foreground) check() error {
+	if f.stopTimeout < 0 {
+		return usageError{fmt.Errorf("--stop-timeout: %v: give a time of 0 or more", f.stopTimeout)}
+	}
+	return nil
 }
 
 // attach gives the machine what the process prints to.
