@@ -35,7 +35,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"status": status, "killguest": killGuest, "cmpjson": cmpJSON, "register": register,
+			"status": status, "killguest": killGuest, "cmpjson": cmpJSON, "register": register, "journal": journal,
 		},
 		Condition: func(c string) (bool, error) {
 			if c != "kvm" {

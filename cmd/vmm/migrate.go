@@ -122,6 +122,11 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	if err != nil {
 		return err
 	}
+	ended, err := client.WhenEnded()
+	if err != nil {
+		return err
+	}
+	defer ended.Close()
 	defer cancelOnSignal(client)()
 	steps, err := client.Migrate(c.Context(), connect.NewRequest(request))
 	if err != nil {
@@ -146,7 +151,19 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	if summary == nil {
 		return fmt.Errorf("guest %s: its process ended in the middle of the migration; ask the other host whether it runs there", client.Name())
 	}
-	return show.summary(client.Name(), address, summary)
+	if err := show.summary(client.Name(), address, summary); err != nil {
+		return err
+	}
+	gone(c, client, ended)
+	return nil
+}
+
+// gone waits for the end of the process of a guest that has left it: until then
+// its name and its disks are taken.
+func gone(c *cobra.Command, client *control.Client, ended *control.Process) {
+	if !ended.Wait(endTime) {
+		fmt.Fprintf(c.ErrOrStderr(), "vmm: guest %s has left, but its process here is still closing its disks\n", client.Name())
+	}
 }
 
 // absolute is a path as another process, with another working directory, needs

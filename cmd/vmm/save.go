@@ -57,6 +57,11 @@ Disks are not in FILE: nobody may write to them before the guest goes on.`,
 
 // save asks the guest's process and follows what it says.
 func save(c *cobra.Command, client *control.Client, request *vmmv1.SaveRequest, format outputFormat) error {
+	ended, err := client.WhenEnded()
+	if err != nil {
+		return err
+	}
+	defer ended.Close()
 	defer cancelOnSignal(client)()
 	steps, err := client.Save(c.Context(), connect.NewRequest(request))
 	if err != nil {
@@ -80,6 +85,7 @@ func save(c *cobra.Command, client *control.Client, request *vmmv1.SaveRequest, 
 		show.end()
 		return fmt.Errorf("guest %s: its process ended while it was being saved; vmm run --from %s says whether the file is complete", client.Name(), request.Path)
 	}
+	gone(c, client, ended)
 	return nil
 }
 

@@ -195,6 +195,35 @@ func TestEachCommandHelps(t *testing.T) {
 	}
 }
 
+// Each command is run by a script, once well and once badly.
+func TestEachCommandIsScripted(t *testing.T) {
+	// What doctor says, and its status, are the host's: TestDoctorReport.
+	well, badly := map[string]bool{"vmm doctor": true}, map[string]bool{}
+	call := regexp.MustCompile(`^(!|status [12]|status 0|exec|)\s*(vmm [a-z].*)$`)
+	for _, line := range scriptLines(t) {
+		m := call.FindStringSubmatch(line)
+		if m == nil {
+			continue
+		}
+		args, err := words(m[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, _, _ := newRoot().Find(args[1:]) // an error is that of a command that is not there
+		if m[1] == "!" || m[1] == "status 1" || m[1] == "status 2" {
+			badly[c.CommandPath()] = true
+		} else {
+			well[c.CommandPath()] = true
+		}
+	}
+	for _, c := range visible(newRoot()) {
+		path := c.CommandPath()
+		if !badly[path] || !well[path] && c.Runnable() && !c.HasSubCommands() {
+			t.Errorf("%s: run well by a script: %v, and badly: %v; want both", path, well[path], badly[path])
+		}
+	}
+}
+
 // printsNoState are the commands that have no result but the guest's own.
 var printsNoState = map[string]bool{"vmm run": true, "vmm receive": true, "vmm console": true, "vmm man": true, "vmm pr": true, "vmm lun": true}
 
@@ -203,6 +232,29 @@ var printsNoState = map[string]bool{"vmm run": true, "vmm receive": true, "vmm c
 func goldens(t *testing.T) map[string]string {
 	t.Helper()
 	golden := map[string]string{"vmm doctor": "doctor.json", "vmm migrate": "migrate.json", "vmm save": "save.json"} // TestDoctorReport, TestMigrationReport, TestSaveReport
+	last := ""
+	for _, line := range scriptLines(t) {
+		args, _ := words(line)
+		switch {
+		case len(args) > 1 && args[0] == "vmm" && strings.Contains(line, "-o json"):
+			if c, _, err := newRoot().Find(args[1:]); err == nil {
+				last = c.CommandPath()
+			}
+		case len(args) == 2 && args[0] == "cmpjson":
+			golden[last] = args[1]
+		}
+	}
+	for command, file := range golden {
+		if _, err := os.Stat(filepath.Join("testdata", file)); err != nil {
+			t.Errorf("%s: %v", command, err)
+		}
+	}
+	return golden
+}
+
+// scriptLines are those of all scripts.
+func scriptLines(t *testing.T) (lines []string) {
+	t.Helper()
 	scripts, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil || len(scripts) == 0 {
 		t.Fatalf("scripts: %v, %v", scripts, err)
@@ -212,25 +264,11 @@ func goldens(t *testing.T) map[string]string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		last := ""
 		for line := range strings.Lines(string(text)) {
-			args, _ := words(strings.TrimSpace(line))
-			switch {
-			case len(args) > 1 && args[0] == "vmm" && strings.Contains(line, "-o json"):
-				if c, _, err := newRoot().Find(args[1:]); err == nil {
-					last = c.CommandPath()
-				}
-			case len(args) == 2 && args[0] == "cmpjson":
-				golden[last] = args[1]
-			}
+			lines = append(lines, strings.TrimSpace(line))
 		}
 	}
-	for command, file := range golden {
-		if _, err := os.Stat(filepath.Join("testdata", file)); err != nil {
-			t.Errorf("%s: %v", command, err)
-		}
-	}
-	return golden
+	return lines
 }
 
 func TestUnderstood(t *testing.T) {
