@@ -12,7 +12,7 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"vmm/internal/sys"
 )
 
 // Address is where a destination listens.
@@ -201,11 +201,13 @@ func Listen(a Address, s Security, peers []string) (net.Listener, error) {
 	if err := s.allow(a); err != nil {
 		return nil, err
 	}
-	listen := net.Listen
+	var ln net.Listener
+	var err error
 	if a.Network == "unix" {
-		listen = listenUnix
+		ln, err = sys.ListenUnix(a.Address)
+	} else {
+		ln, err = net.Listen(a.Network, a.Address)
 	}
-	ln, err := listen(a.Network, a.Address)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %v: %w", a, cause(err))
 	}
@@ -224,50 +226,4 @@ func Listen(a Address, s Security, peers []string) (net.Listener, error) {
 		}
 	}
 	return tls.NewListener(ln, config), nil
-}
-
-// listenUnix listens on a socket that only this user can connect to. One that a
-// killed process has left is removed: a socket that refuses connections has no
-// listener (unix(7)). Between bind(2) and listen(2) it would refuse them too,
-// and two may find the same one dead; so whoever makes or removes one here has
-// the directory locked. Close removes the path before it ends the listener:
-// never somebody else's.
-func listenUnix(network, path string) (net.Listener, error) {
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, cause(err)
-	}
-	defer dir.Close()
-	for err = unix.EINTR; err == unix.EINTR; {
-		err = unix.Flock(int(dir.Fd()), unix.LOCK_EX)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("flock %s: %w", dir.Name(), err)
-	}
-	ln, err := net.Listen(network, path)
-	if errors.Is(err, unix.EADDRINUSE) {
-		conn, dead := net.Dial(network, path)
-		switch {
-		case dead == nil:
-			conn.Close()
-			return nil, errors.New("another process listens there: give another path, or end that one (vmm ls shows it)")
-		case !errors.Is(dead, unix.ECONNREFUSED):
-			return nil, fmt.Errorf("it is there already, and whether anybody listens cannot be told: %w", cause(dead))
-		}
-		if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket == 0 {
-			return nil, errors.New("there is a file already that is no socket: give another path")
-		}
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("remove the socket that a killed process has left: %w", err)
-		}
-		ln, err = net.Listen(network, path)
-	}
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		ln.Close()
-		return nil, err
-	}
-	return ln, nil
 }

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"sync"
-	"syscall"
+
+	"vmm/internal/sys"
 )
 
 // serialPort is a serial cable as a unix socket: one client at a time. What
@@ -24,17 +24,7 @@ type serialPort struct {
 // listenSerial makes the socket at path and waits for clients on it. The
 // socket of a process that is gone is replaced.
 func listenSerial(path string) (*serialPort, error) {
-	listen := func() (*net.UnixListener, error) {
-		return net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	}
-	l, err := listen()
-	if errors.Is(err, syscall.EADDRINUSE) {
-		if other, dialErr := net.Dial("unix", path); dialErr == nil {
-			other.Close()
-		} else if errors.Is(dialErr, syscall.ECONNREFUSED) && os.Remove(path) == nil {
-			l, err = listen()
-		}
-	}
+	l, err := sys.ListenUnix(path)
 	if err != nil {
 		return nil, fmt.Errorf("serial port at %s: %w", path, err)
 	}
