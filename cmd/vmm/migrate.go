@@ -135,8 +135,10 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	defer steps.Close()
 	show := newShower(c, f.format)
 	var summary *vmmv1.MigrationSummary
+	began := false
 	for steps.Receive() {
 		m := steps.Msg()
+		began = true
 		if p := m.GetProgress(); p != nil {
 			if err := show.progress(p); err != nil {
 				return err
@@ -145,10 +147,11 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 		summary = m.GetSummary()
 	}
 	show.end()
-	if err := steps.Err(); err != nil {
+	err = steps.Err()
+	if err != nil && (!began || connect.IsWireError(err)) { // else it ended without a word
 		return client.Explain(err)
 	}
-	if summary == nil {
+	if err != nil || summary == nil {
 		return fmt.Errorf("guest %s: its process ended in the middle of the migration; ask the other host whether it runs there", client.Name())
 	}
 	if err := show.summary(client.Name(), address, summary); err != nil {

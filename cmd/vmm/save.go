@@ -70,18 +70,21 @@ func save(c *cobra.Command, client *control.Client, request *vmmv1.SaveRequest, 
 	defer steps.Close()
 	show := newShower(c, format)
 	var summary *vmmv1.SaveSummary
+	began := false
 	for steps.Receive() {
 		m := steps.Msg()
+		began = true
 		summary = m.GetSummary()
 		if err := show.saving(client.Name(), m); err != nil {
 			return err
 		}
 	}
-	if err := steps.Err(); err != nil {
+	err = steps.Err()
+	if err != nil && (!began || connect.IsWireError(err)) { // else it ended without a word
 		show.end()
 		return client.Explain(err)
 	}
-	if summary == nil {
+	if err != nil || summary == nil {
 		show.end()
 		return fmt.Errorf("guest %s: its process ended while it was being saved; vmm run --from %s says whether the file is complete", client.Name(), request.Path)
 	}
