@@ -29,19 +29,19 @@ const (
 // at socket.
 type monitor struct {
 	name  string
-	start func(t *testing.T, kernel, initrd, socket string, lun *lio.Nexus) *vm
+	start func(t *testing.T, kernel, initrd, socket string, lun *lio.Nexus, more ...string) *vm
 }
 
 const benchCmdline = "console=ttyS0 quiet panic=-1 mitigations=off guest.work=agent"
 
 func vmmMonitor() monitor {
-	return monitor{"vmm", func(t *testing.T, kernel, initrd, socket string, lun *lio.Nexus) *vm {
+	return monitor{"vmm", func(t *testing.T, kernel, initrd, socket string, lun *lio.Nexus, more ...string) *vm {
 		args := []string{"run", "bench", "--kernel", kernel, "--initrd", initrd, "--cmdline", benchCmdline,
 			"--cpus", "2", "--memory", fmt.Sprintf("%dM", benchMemory), "--serial", socket}
 		if lun != nil {
 			args = append(args, "--lun", "path="+lun.SG)
 		}
-		return start(t, args...)
+		return start(t, append(args, more...)...)
 	}}
 }
 
@@ -57,7 +57,7 @@ func qemuMonitor(t *testing.T, machine string) monitor {
 		program = []string{"outer", "/usr/bin/qemu-system-x86_64"}
 	}
 	name, _, _ := strings.Cut(machine, ",")
-	return monitor{"qemu " + name, func(t *testing.T, kernel, initrd, socket string, lun *lio.Nexus) *vm {
+	return monitor{"qemu " + name, func(t *testing.T, kernel, initrd, socket string, lun *lio.Nexus, more ...string) *vm {
 		args := append(slices.Clone(program[1:]), "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "2", "-m", fmt.Sprint(benchMemory),
 			"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 			"-kernel", kernel, "-initrd", initrd, "-append", benchCmdline,
@@ -66,7 +66,7 @@ func qemuMonitor(t *testing.T, machine string) monitor {
 			args = append(args, "-device", "virtio-scsi-pci,num_queues=2",
 				"-drive", "if=none,id=lun,format=raw,cache=none,file="+lun.Block, "-device", "scsi-block,drive=lun")
 		}
-		return launch(t, program[0], args...)
+		return launch(t, program[0], append(args, more...)...)
 	}}
 }
 
@@ -186,6 +186,8 @@ func TestBench(t *testing.T) {
 			}
 		}
 	})
+
+	t.Run("migrate", func(t *testing.T) { benchMigrate(t, kernel, initrd, ours, q35, note) })
 }
 
 // readCosts reads what the host has counted so far of what makes an I/O

@@ -26,7 +26,8 @@
 // # Programs
 //
 // Besides busybox and sg3-utils: rdtest (random 4 KiB reads and writes, see
-// its usage), fill and sum (a pattern on a block device, its checksum).
+// its usage), fill and sum (a pattern on a block device, its checksum), dirty
+// (writes to memory all the time).
 package guest
 
 import (
@@ -61,7 +62,7 @@ func Initrd(ctx context.Context, k *kernel.Kernel) (string, error) {
 		return "", err
 	}
 	a.File("/init", 0o755, init)
-	for _, name := range []string{"rdtest", "fill", "sum"} {
+	for _, name := range []string{"rdtest", "fill", "sum", "dirty"} {
 		a.Symlink("../init", "/bin/"+name)
 	}
 	tools, err := filepath.Glob("/usr/bin/sg_*")

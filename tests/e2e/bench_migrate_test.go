@@ -1,0 +1,131 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"vmm/tests/qmp"
+)
+
+const (
+	moveRounds   = 3
+	moveDowntime = 20 * time.Millisecond // the limit that both are given
+	moveLimit    = 2 * time.Minute       // then a move has failed to converge
+)
+
+// moved is what a monitor says of a migration.
+type moved struct {
+	total, downtime time.Duration
+	sent            uint64
+}
+
+// benchMigrate moves a guest without a LUN from process to process through a
+// Unix socket: idle, then with 32 MiB of its memory being written all the
+// time, faster than can be sent. So QEMU may slow it down, as vmm does.
+func benchMigrate(t *testing.T, kernel, initrd string, ours, qemu monitor, note func(what, who string, x float64)) {
+	for round := range moveRounds {
+		for _, m := range []struct {
+			name   string
+			travel func(t *testing.T, kernel, initrd string, each func(v *vm, move func(v *vm) (*vm, moved)))
+		}{
+			{ours.name, ours.travelVMM},
+			{qemu.name, qemu.travelQEMU},
+		} {
+			t.Logf("round %d: migrate %s", round+1, m.name)
+			m.travel(t, kernel, initrd, func(v *vm, move func(*vm) (*vm, moved)) {
+				v.connect()
+				for _, load := range []string{"idle", "32 MiB being written"} {
+					if load != "idle" {
+						v.sh("mkfifo /tmp/f; (dirty >/tmp/f 2>&1 &); read line </tmp/f; test \"$line\" = dirtying")
+					}
+					var r moved
+					v, r = move(v)
+					v.dial() // it lives
+					t.Logf("%s, %s: total %v, downtime %v, %d KiB", m.name, load, r.total, r.downtime, r.sent>>10)
+					note("migrate, "+load+", total, ms", m.name, float64(r.total.Microseconds())/1e3)
+					note("migrate, "+load+", downtime, ms", m.name, float64(r.downtime.Microseconds())/1e3)
+					note("migrate, "+load+", sent, MiB", m.name, float64(r.sent)/(1<<20))
+				}
+				v.kill()
+			})
+		}
+	}
+}
+
+// kill ends a monitor and waits for its end.
+func (v *vm) kill() {
+	v.agent.Close()
+	v.agent = nil
+	v.cmd.Process.Kill()
+	<-v.exited
+}
+
+func (m monitor) travelVMM(t *testing.T, kernel, initrd string, each func(*vm, func(*vm) (*vm, moved))) {
+	socket := filepath.Join(t.TempDir(), "s")
+	v := m.start(t, kernel, initrd, socket, nil)
+	v.serial = socket
+	name, moves := "bench", 0
+	each(v, func(v *vm) (*vm, moved) {
+		moves++
+		next := fmt.Sprintf("bench%d", moves)
+		w, address := receive(t, next)
+		out := migrate(t, name, address, "--downtime", moveDowntime.String(), "--timeout", moveLimit.String(), "-o", "json")
+		lines := strings.Split(strings.TrimSpace(out), "\n")
+		var last struct {
+			Summary struct {
+				Sent     uint64 `json:"sent_bytes,string"`
+				Total    int64  `json:"total_us,string"`
+				Downtime struct {
+					Total int64 `json:"total_us,string"`
+				}
+			}
+		}
+		if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil || last.Summary.Total == 0 {
+			t.Fatalf("vmm migrate's summary: %v: %s", err, out)
+		}
+		v.wait()
+		name = next
+		us := func(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
+		return w, moved{us(last.Summary.Total), us(last.Summary.Downtime.Total), last.Summary.Sent}
+	})
+}
+
+func (m monitor) travelQEMU(t *testing.T, kernel, initrd string, each func(*vm, func(*vm) (*vm, moved))) {
+	launch := func(more ...string) (*vm, *qmp.Monitor) {
+		t.Helper()
+		dir := t.TempDir()
+		ln, err := qmp.Listen(filepath.Join(dir, "q"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		socket := filepath.Join(dir, "s")
+		v := m.start(t, kernel, initrd, socket, nil, append(ln.Args(), more...)...)
+		v.serial = socket
+		monitor, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { monitor.Close() })
+		return v, monitor
+	}
+	v, from := launch()
+	each(v, func(v *vm) (*vm, moved) {
+		w, to := launch("-incoming", "defer")
+		o := qmp.Options{Downtime: moveDowntime, AutoConverge: true}
+		uri := "unix:" + filepath.Join(t.TempDir(), "m")
+		if err := to.Receive(uri, o); err != nil {
+			t.Fatal(err)
+		}
+		s, err := from.Migrate(uri, o, moveLimit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.kill()
+		from = to
+		return w, moved{s.Total, s.Downtime, s.Sent}
+	})
+}
