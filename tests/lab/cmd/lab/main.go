@@ -93,6 +93,7 @@ func command() *cobra.Command {
 			if len(args) == 0 {
 				args = []string{"sh", "-l"}
 			}
+			o.deadline = 0 // run's default: a person takes the time that it takes
 			return o.run(c.Context(), args, true)
 		},
 	}
