@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -76,15 +77,24 @@ func printReport(out io.Writer, format outputFormat, r *doctor.Report) error {
 	if format.json() {
 		return printJSON(out, r)
 	}
+	const detail, mend = 24, 26 // columns where they begin
+	width := cellsOf(out)
 	for _, f := range r.Findings {
-		if _, err := fmt.Fprintf(out, "%-4s  %-16s  %s\n", f.Verdict, f.Name, f.Detail); err != nil {
+		verdict := fmt.Sprintf("%-4s", f.Verdict)
+		if width > 0 && os.Getenv("NO_COLOR") == "" { // https://no-color.org
+			verdict = colors[f.Verdict] + verdict + "\x1b[m"
+		}
+		if _, err := fmt.Fprintf(out, "%s  %-16s  %s\n", verdict, f.Name, folded(f.Detail, width, detail)); err != nil {
 			return err
 		}
 		if f.Mend != "" {
-			if _, err := fmt.Fprintf(out, "%24s  %s\n", "", f.Mend); err != nil {
+			if _, err := fmt.Fprintf(out, "%*s%s\n", mend, "", folded(f.Mend, width, mend)); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
 }
+
+// colors begin the colour of a verdict on a terminal.
+var colors = map[doctor.Verdict]string{doctor.OK: "\x1b[32m", doctor.Warn: "\x1b[33m", doctor.Fail: "\x1b[1;31m"}

@@ -4,14 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"google.golang.org/protobuf/proto"
 
 	"vmm/control"
@@ -184,20 +183,21 @@ func absolute(path string) string {
 // shower writes the progress and the summary of a migration or a save: lines of
 // JSON, a bar on a terminal, else the summary alone.
 type shower struct {
-	json bool
-	out  io.Writer
-	bar  io.Writer // nil: none
+	json  bool
+	out   io.Writer
+	bar   io.Writer  // nil: none
+	width func() int // the bar's, in cells; it may change
 }
 
 func newShower(c *cobra.Command, format outputFormat) *shower {
 	s := &shower{json: format.json(), out: c.OutOrStdout()}
-	if file, ok := c.ErrOrStderr().(*os.File); ok && !s.json && term.IsTerminal(int(file.Fd())) {
-		s.bar = file
+	if file, ok := isTerminal(c.ErrOrStderr()); ok && !s.json {
+		s.bar, s.width = file, func() int { return cellsOf(file) }
 	}
 	return s
 }
 
-const barWidth = 24
+const barWidth = 20
 
 func (s *shower) progress(p *vmmv1.MigrationProgress) error {
 	switch {
@@ -205,19 +205,22 @@ func (s *shower) progress(p *vmmv1.MigrationProgress) error {
 		return s.line(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Progress{Progress: p}})
 	case s.bar == nil:
 	case p.HandedOver != "":
-		fmt.Fprintf(s.bar, "\r\x1b[Khanded over; waiting for the other host: %s", p.HandedOver)
+		s.draw("handed over; waiting for the other host: " + p.HandedOver)
 	default:
 		done := 0.0
 		if all := p.SentBytes + p.RemainingBytes; all > 0 {
 			done = float64(p.SentBytes) / float64(all)
 		}
 		full := int(done * barWidth)
-		fmt.Fprintf(s.bar, "\r\x1b[Kround %d [%s%s] %s left, %s/s sent, %s/s dirtied, downtime %d ms", p.Round,
-			strings.Repeat("#", full), strings.Repeat(".", barWidth-full),
-			amount(p.RemainingBytes), amount(p.Bandwidth), amount(p.DirtyRate), p.ExpectedDowntimeMs)
-		if p.Throttle > 0 {
-			fmt.Fprintf(s.bar, ", slowed by %d%%", p.Throttle)
+		parts := []string{
+			fmt.Sprintf("round %d [%s%s] %s left", p.Round, strings.Repeat("#", full), strings.Repeat(".", barWidth-full), amount(p.RemainingBytes)),
+			amount(p.Bandwidth) + "/s sent",
+			amount(p.DirtyRate) + "/s dirtied",
 		}
+		if p.Throttle > 0 {
+			parts = append(parts, fmt.Sprintf("slowed by %d%%", p.Throttle))
+		}
+		s.draw(append(parts, fmt.Sprintf("downtime %d ms", p.ExpectedDowntimeMs))...)
 	}
 	return nil
 }
@@ -231,6 +234,28 @@ func (s *shower) line(m proto.Message) error {
 	return err
 }
 
+// draw puts parts in the bar's place.
+func (s *shower) draw(parts ...string) { fmt.Fprint(s.bar, "\r\x1b[K"+fit(s.width(), parts)) }
+
+// fit is as many of parts, separated by commas, as a line of width cells has
+// room for. The last cell stays free: a letter there would begin a new line on
+// some terminals, and the old one could not be drawn anew. Of a first part that
+// is too long the beginning stands.
+func fit(width int, parts []string) string {
+	room := max(width-1, 0)
+	line := parts[0]
+	if cells := []rune(line); len(cells) > room {
+		return string(cells[:room])
+	}
+	for _, p := range parts[1:] {
+		if utf8.RuneCountInString(line+", "+p) > room {
+			break
+		}
+		line += ", " + p
+	}
+	return line
+}
+
 // end leaves the bar's line.
 func (s *shower) end() {
 	if s.bar != nil {
@@ -242,17 +267,17 @@ func (s *shower) summary(name, address string, m *vmmv1.MigrationSummary) error 
 	if s.json {
 		return s.line(&vmmv1.MigrateResponse{Body: &vmmv1.MigrateResponse_Summary{Summary: m}})
 	}
-	ms := func(us uint64) string { return fmt.Sprintf("%.1f ms", float64(us)/1000) }
+	ms := func(us uint64) string { return fmt.Sprintf("%.1f", float64(us)/1000) }
 	d := m.GetDowntime()
 	fmt.Fprintf(s.out, "%s runs at %s\n", name, address)
 	fmt.Fprintf(s.out, "  %d rounds, %s in %.1f s\n", m.Rounds, amount(m.SentBytes), float64(m.TotalUs)/1e6)
-	fmt.Fprintf(s.out, "  downtime %s: stop %s, last pages %s, state %s, load %s, takeover %s, start %s\n",
-		ms(d.GetTotalUs()), ms(d.GetStopUs()), ms(d.GetPagesUs()), ms(d.GetSaveUs()), ms(d.GetLoadUs()), ms(d.GetTakeoverUs()), ms(d.GetStartUs()))
+	fmt.Fprintf(s.out, "  downtime %s ms: stop %s, save %s, pages %s, load %s, takeover %s, start %s\n",
+		ms(d.GetTotalUs()), ms(d.GetStopUs()), ms(d.GetSaveUs()), ms(d.GetPagesUs()), ms(d.GetLoadUs()), ms(d.GetTakeoverUs()), ms(d.GetStartUs()))
 	for _, l := range m.Luns {
-		fmt.Fprintf(s.out, "  %s\n", l.Sentence)
+		fmt.Fprintf(s.out, "  there: %s\n", folded(l.Sentence, cellsOf(s.out), 9))
 	}
 	for _, l := range m.Left {
-		fmt.Fprintf(s.out, "  here: %s\n", l.Sentence)
+		fmt.Fprintf(s.out, "  here: %s\n", folded(l.Sentence, cellsOf(s.out), 8))
 	}
 	return nil
 }

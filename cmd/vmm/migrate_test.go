@@ -4,7 +4,11 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"unicode/utf8"
+
+	"pgregory.net/rapid"
 
 	vmmv1 "vmm/proto/vmm/v1"
 )
@@ -29,6 +33,57 @@ func TestMigrationReport(t *testing.T) {
 		}
 		compareGolden(t, file, out.Bytes())
 	}
+}
+
+// The bar keeps to its line, whatever the terminal's width and the numbers are.
+func TestBarFits(t *testing.T) {
+	half := &vmmv1.MigrationProgress{Round: 2, SentBytes: 64 << 20, RemainingBytes: 64 << 20, Bandwidth: 8 << 20, DirtyRate: 1 << 20, ExpectedDowntimeMs: 300}
+	for _, test := range []struct {
+		width int
+		p     *vmmv1.MigrationProgress
+		want  string
+	}{
+		{100, half, "round 2 [##########..........] 64.0 MiB left, 8.0 MiB/s sent, 1.0 MiB/s dirtied, downtime 300 ms"},
+		{96, half, "round 2 [##########..........] 64.0 MiB left, 8.0 MiB/s sent, 1.0 MiB/s dirtied"},
+		{70, &vmmv1.MigrationProgress{Round: 12, SentBytes: 1, RemainingBytes: 1 << 40, Throttle: 99}, "round 12 [....................] 1024.0 GiB left, 0 B/s sent"},
+		{9, &vmmv1.MigrationProgress{Round: 1}, "round 1 "},
+		{1, &vmmv1.MigrationProgress{Round: 1}, ""},
+		{30, &vmmv1.MigrationProgress{HandedOver: "connection refused"}, "handed over; waiting for the "},
+	} {
+		var bar bytes.Buffer
+		s := &shower{bar: &bar, width: func() int { return test.width }}
+		if err := s.progress(test.p); err != nil {
+			t.Fatal(err)
+		}
+		got := strings.TrimPrefix(bar.String(), "\r\x1b[K")
+		if got != test.want || len(got) >= test.width {
+			t.Errorf("a bar for %d cells: %q, %d long; want %q", test.width, got, len(got), test.want)
+		}
+	}
+}
+
+func TestFolded(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		text := strings.Join(rapid.SliceOfN(rapid.StringMatching(`[a-zé…]{1,12}`), 0, 40).Draw(t, "words"), " ")
+		width, indent := rapid.IntRange(0, 120).Draw(t, "width"), rapid.IntRange(0, 26).Draw(t, "indent")
+		got := folded(text, width, indent)
+		lines := strings.Split(got, "\n")
+		if width == 0 && got != text {
+			t.Errorf("for no terminal: %q; want %q", got, text)
+		}
+		for i, l := range lines {
+			indented := strings.HasPrefix(l, strings.Repeat(" ", indent)) && i > 0 || i == 0
+			if i == 0 {
+				l = strings.Repeat(" ", indent) + l
+			}
+			if n := utf8.RuneCountInString(l); !indented || width-indent >= 20 && n > width {
+				t.Errorf("line %d of %d cells (%d; %d): %q", i, n, width, indent, l)
+			}
+		}
+		if joined := strings.Join(strings.Fields(got), " "); joined != text {
+			t.Errorf("folded(%q) = %q", text, joined)
+		}
+	})
 }
 
 func TestSaveReport(t *testing.T) {

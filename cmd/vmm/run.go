@@ -341,7 +341,11 @@ func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machin
 	f.background.readyWhenRunning(m, claim.Name())
 	if f.background == nil {
 		guest := func(p []byte) { _, _ = m.ConsoleInput(context.Background(), p) } // else it has ended
-		restore, err := attachConsole(c.InOrStdin(), guest, force)
+		quit := func() {
+			fmt.Fprint(c.ErrOrStderr(), "\r\n") // the guest's line is left as it is
+			force()
+		}
+		restore, err := attachConsole(c.InOrStdin(), guest, quit)
 		if err != nil {
 			return fmt.Errorf("terminal: %w", err)
 		}

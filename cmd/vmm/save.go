@@ -98,13 +98,13 @@ func (s *shower) saving(name string, m *vmmv1.SaveResponse) error {
 		return s.line(m)
 	}
 	if p := m.GetProgress(); p != nil && s.bar != nil {
-		fmt.Fprintf(s.bar, "\r\x1b[K%s of %s", amount(p.WrittenBytes), amount(p.TotalBytes))
+		s.draw(amount(p.WrittenBytes) + " of " + amount(p.TotalBytes))
 	}
 	if r := m.GetSummary(); r != nil {
 		s.end()
 		fmt.Fprintf(s.out, "%s is in %s: %s in %.1f s\n", name, r.Path, amount(r.Bytes), float64(r.TotalUs)/1e6)
 		for _, l := range r.Luns {
-			fmt.Fprintf(s.out, "  %s\n", l.Sentence)
+			fmt.Fprintf(s.out, "  %s\n", folded(l.Sentence, cellsOf(s.out), 2))
 		}
 	}
 	return nil

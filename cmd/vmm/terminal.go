@@ -3,6 +3,8 @@ package main
 import (
 	"io"
 	"os"
+	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/term"
 )
@@ -42,6 +44,46 @@ func (e *escapes) filter(p []byte) (guest []byte, quit bool) {
 func isTerminal(stream any) (*os.File, bool) {
 	f, ok := stream.(*os.File)
 	return f, ok && term.IsTerminal(int(f.Fd()))
+}
+
+// cellsOf is how many cells a line has on the terminal that out writes to; 0:
+// it writes to none.
+func cellsOf(out any) int {
+	f, ok := isTerminal(out)
+	if !ok {
+		return 0
+	}
+	if width, _, err := term.GetSize(int(f.Fd())); err == nil && width > 0 {
+		return width
+	}
+	return 80 // a terminal that does not say
+}
+
+// folded is text broken at blanks for lines of width cells, of which the first
+// indent are taken, by blanks from the second line on. Text for something other
+// than a terminal (width 0) is one line, as is text for a very narrow one.
+func folded(text string, width, indent int) string {
+	room := width - indent
+	if room < 20 {
+		return text
+	}
+	var b strings.Builder
+	used := 0
+	for i, word := range strings.Fields(text) {
+		n := utf8.RuneCountInString(word)
+		switch {
+		case i == 0:
+		case used+1+n > room:
+			b.WriteString("\n" + strings.Repeat(" ", indent))
+			used = 0
+		default:
+			b.WriteByte(' ')
+			used++
+		}
+		b.WriteString(word)
+		used += n
+	}
+	return b.String()
 }
 
 // attachConsole sends what comes from stdin to the guest until quit or end of
