@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -115,19 +116,64 @@ func TestDocumentedCommands(t *testing.T) {
 	}
 }
 
-// Links within the repository lead somewhere.
+// Links within the repository lead somewhere, to a heading that is there if
+// they name one; a picture says what is on it, and each picture is on a page.
 func TestDocumentedLinks(t *testing.T) {
+	link := regexp.MustCompile(`(!?)\[([^\]]*)\]\(([^)#:]*)(?:#([^)]*))?\)`)
+	shown := make(map[string]bool)
+	links := 0
 	for _, d := range documents(t) {
 		dir := "../../docs"
 		if d.path == "README.md" || d.path == "CHANGELOG.md" {
 			dir = "../.."
 		}
-		for _, m := range regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`).FindAllStringSubmatch(d.text, -1) {
-			if _, err := os.Stat(filepath.Join(dir, m[1])); err != nil {
-				t.Errorf("%s: link to %s: %v", d.path, m[1], err)
+		for _, m := range link.FindAllStringSubmatch(d.text, -1) {
+			links++
+			target, text := filepath.Join(dir, m[3]), d.text
+			if m[3] != "" {
+				if _, err := os.Stat(target); err != nil {
+					t.Errorf("%s: link to %s: %v", d.path, m[3], err)
+					continue
+				}
+				shown[target] = true
+				if m[4] != "" {
+					b, err := os.ReadFile(target)
+					if err != nil {
+						t.Fatal(err)
+					}
+					text = string(b)
+				}
+			}
+			if m[4] != "" && !slices.Contains(anchors(text), m[4]) {
+				t.Errorf("%s: link to %s#%s: no such heading", d.path, m[3], m[4])
+			}
+			if m[1] != "" && len(m[2]) < 20 {
+				t.Errorf("%s: picture %s: %q says too little to who does not see it", d.path, m[3], m[2])
 			}
 		}
 	}
+	if links < 20 {
+		t.Errorf("%d links found; the test does not see them", links)
+	}
+	pictures, err := filepath.Glob("../../docs/pictures/*.svg")
+	if err != nil || len(pictures) == 0 {
+		t.Errorf("pictures: %v, %v", pictures, err)
+	}
+	for _, path := range pictures {
+		if !shown[path] {
+			t.Errorf("%s is on no page", path)
+		}
+	}
+}
+
+// anchors are what a page's headings are called in links, as Markdown's
+// renderers make it: small letters, hyphens for blanks, no other signs.
+func anchors(text string) (list []string) {
+	for _, m := range regexp.MustCompile(`(?m)^#{1,6} (.+)$`).FindAllStringSubmatch(text, -1) {
+		name := regexp.MustCompile(`[^\p{L}\p{N}_\- ]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		list = append(list, strings.ReplaceAll(name, " ", "-"))
+	}
+	return list
 }
 
 // literals are all texts in the product's code, those that are written in

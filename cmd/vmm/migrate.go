@@ -206,6 +206,8 @@ func (s *shower) progress(p *vmmv1.MigrationProgress) error {
 	case s.bar == nil:
 	case p.HandedOver != "":
 		s.draw("handed over; waiting for the other host: " + p.HandedOver)
+	case p.Round == 0:
+		s.draw("preparing; the guest's memory comes next")
 	default:
 		done := 0.0
 		if all := p.SentBytes + p.RemainingBytes; all > 0 {
@@ -215,12 +217,15 @@ func (s *shower) progress(p *vmmv1.MigrationProgress) error {
 		parts := []string{
 			fmt.Sprintf("round %d [%s%s] %s left", p.Round, strings.Repeat("#", full), strings.Repeat(".", barWidth-full), amount(p.RemainingBytes)),
 			amount(p.Bandwidth) + "/s sent",
-			amount(p.DirtyRate) + "/s dirtied",
 		}
-		if p.Throttle > 0 {
-			parts = append(parts, fmt.Sprintf("slowed by %d%%", p.Throttle))
+		if p.Round > 1 { // the first round measures what the guest writes
+			parts = append(parts, amount(p.DirtyRate)+"/s dirtied")
+			if p.Throttle > 0 {
+				parts = append(parts, fmt.Sprintf("slowed by %d%%", p.Throttle))
+			}
+			parts = append(parts, fmt.Sprintf("downtime %d ms", p.ExpectedDowntimeMs))
 		}
-		s.draw(append(parts, fmt.Sprintf("downtime %d ms", p.ExpectedDowntimeMs))...)
+		s.draw(parts...)
 	}
 	return nil
 }

@@ -45,6 +45,9 @@ func TestBarFits(t *testing.T) {
 	}{
 		{100, half, "round 2 [##########..........] 64.0 MiB left, 8.0 MiB/s sent, 1.0 MiB/s dirtied, downtime 300 ms"},
 		{96, half, "round 2 [##########..........] 64.0 MiB left, 8.0 MiB/s sent, 1.0 MiB/s dirtied"},
+		{100, &vmmv1.MigrationProgress{Round: 1, SentBytes: 1 << 20, RemainingBytes: 3 << 20, Bandwidth: 1 << 20},
+			"round 1 [#####...............] 3.0 MiB left, 1.0 MiB/s sent"},
+		{100, &vmmv1.MigrationProgress{}, "preparing; the guest's memory comes next"},
 		{70, &vmmv1.MigrationProgress{Round: 12, SentBytes: 1, RemainingBytes: 1 << 40, Throttle: 99}, "round 12 [....................] 1024.0 GiB left, 0 B/s sent"},
 		{9, &vmmv1.MigrationProgress{Round: 1}, "round 1 "},
 		{1, &vmmv1.MigrationProgress{Round: 1}, ""},
