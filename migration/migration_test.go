@@ -339,14 +339,14 @@ func TestProgressOfARound(t *testing.T) {
 	o := &Outgoing{pages: new(pump), opts: Options{Progress: func(p Progress) { got = p }}}
 	o.progress = Progress{Round: 2, Remaining: 100 * memory.PageSize, Bandwidth: 7}
 	o.pages.walked.Store(500 * memory.PageSize)
-	o.begun.walked, o.begun.at = 460*memory.PageSize, time.Now().Add(-2*time.Second)
+	o.begun.walked = 460 * memory.PageSize
 	o.pages.sent.Store(3_000_000)
 	o.begun.sent = 1_000_000
 	o.report()
 	if got.Round != 2 || got.Remaining != 100*memory.PageSize || got.Bandwidth != 7 || got.Sent != 3_000_000 {
 		t.Errorf("between rounds: %+v", got)
 	}
-	o.round = make(chan error)
+	o.begun.at = time.Now().Add(-2 * time.Second)
 	o.report()
 	if got.Round != 2 || got.Remaining != 60*memory.PageSize || got.Bandwidth == 0 || got.Bandwidth > 1_000_000 || got.Sent != 3_000_000 {
 		t.Errorf("in a round of which 40 of 100 pages are sent, after 2 s and 2 MB: %+v", got)

@@ -79,7 +79,7 @@ type Outgoing struct {
 	pausedAt  time.Time
 	progress  Progress // as of the last round's end
 	begun     struct { // the round under way
-		at           time.Time
+		at           time.Time // zero: none
 		sent, walked uint64
 	}
 	ticker  *time.Ticker
@@ -368,6 +368,7 @@ func (o *Outgoing) copy() error {
 		}
 		o.progress.Remaining, o.progress.Bandwidth, o.progress.DirtyRate = pages*memory.PageSize, uint64(c.bandwidth), uint64(c.dirtyRate)
 		o.progress.Expected, o.progress.Throttle = c.expected, throttle
+		o.begun.at = time.Time{}
 		o.report()
 		if stop {
 			return o.switchOver(log)
@@ -929,7 +930,7 @@ func (o *Outgoing) report() {
 		p.Sent = o.pages.sent.Load()
 	}
 	now := *p
-	if took := time.Since(o.begun.at); o.round != nil && took > 0 {
+	if took := time.Since(o.begun.at); !o.begun.at.IsZero() && took > 0 {
 		now.Remaining -= min(o.pages.walked.Load()-o.begun.walked, p.Remaining)
 		now.Bandwidth = uint64(float64(p.Sent-o.begun.sent) / took.Seconds())
 	}
