@@ -107,46 +107,64 @@ func killGuest(ts *testscript.TestScript, _ bool, names []string) {
 	}
 }
 
-// register is "register IMAGE NEXUS KEY [TYPE]": the nexus of that name
-// registers, and reserves if there is a type.
-func register(ts *testscript.TestScript, _ bool, args []string) {
-	nexus, err := pr.NamedNexus(args[1])
-	ts.Check(err)
-	f, err := pr.Open(ts.MkAbs(args[0]), nexus)
-	ts.Check(err)
-	defer f.Close()
-	key, err := strconv.ParseUint(args[2], 0, 64)
-	ts.Check(err)
-	do := func(o pr.Out) {
-		cdb, list := o.Encode()
-		if _, a, err := f.Execute(cdb, list); err != nil || !a.OK() {
-			ts.Fatalf("%v: %v, %v", o.Action, a, err)
-		}
-	}
-	do(pr.Out{Action: pr.RegisterAndIgnoreExistingKey, ServiceKey: pr.Key(key)})
-	if len(args) > 3 {
-		typ, err := strconv.Atoi(args[3])
-		ts.Check(err)
-		do(pr.Out{Action: pr.Reserve, Key: pr.Key(key), Type: pr.Type(typ)})
+// check ends a program of the scripts that cannot go on.
+func check(err error) {
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[0], err)
+		os.Exit(1)
 	}
 }
 
-// journal is "journal IMAGE HERE THERE KEY": a crash of this host has left its
-// journal with the registration of nexus HERE, whose guest moved to nexus
-// THERE.
-func journal(ts *testscript.TestScript, _ bool, args []string) {
+// number reads a key or a type.
+func number(s string) uint64 {
+	n, err := strconv.ParseUint(s, 0, 64)
+	check(err)
+	return n
+}
+
+// register is the program "register IMAGE NEXUS KEY [TYPE]": the nexus of that
+// name registers, and reserves if there is a type. It is no function of the
+// test's own process: what that starts for other scripts has its open files,
+// and so its locks, for a moment.
+func register() {
+	args := os.Args[1:]
+	nexus, err := pr.NamedNexus(args[1])
+	check(err)
+	f, err := pr.Open(args[0], nexus)
+	check(err)
+	defer f.Close()
+	key := pr.Key(number(args[2]))
+	do := func(o pr.Out) {
+		cdb, list := o.Encode()
+		_, a, err := f.Execute(cdb, list)
+		if err == nil && !a.OK() {
+			err = fmt.Errorf("%v: %v", o.Action, a)
+		}
+		check(err)
+	}
+	do(pr.Out{Action: pr.RegisterAndIgnoreExistingKey, ServiceKey: key})
+	if len(args) > 3 {
+		do(pr.Out{Action: pr.Reserve, Key: key, Type: pr.Type(number(args[3]))})
+	}
+}
+
+// journal is the program "journal IMAGE HERE THERE KEY": a crash of this host
+// has left its journal with the registration of nexus HERE, whose guest moved
+// to nexus THERE.
+func journal() {
+	args := os.Args[1:]
 	here, err := pr.NamedNexus(args[1])
-	ts.Check(err)
+	check(err)
 	there, err := pr.NamedNexus(args[2])
-	ts.Check(err)
-	key, err := strconv.ParseUint(args[3], 0, 64)
-	ts.Check(err)
-	d, err := control.RunDir(ts.Getenv("VMM_RUN_DIR")).OpenDisk(context.Background(), ts.MkAbs(args[0]), args[1], "journal")
-	ts.Check(err)
+	check(err)
+	dir, err := control.DefaultRunDir()
+	check(err)
+	d, err := dir.OpenDisk(context.Background(), args[0], "looking", "journal")
+	check(err)
 	defer d.Close()
-	j, err := pr.OpenJournal(ts.Getenv("VMM_STATE_DIR"))
-	ts.Check(err)
-	ts.Check(j.Write(pr.Entry{LUN: d.Name, Path: args[0], Migration: "1", Key: pr.Key(key), Pair: pr.Pair{Old: here, New: there, FullStatus: true}}))
+	j, err := pr.OpenJournal(os.Getenv("VMM_STATE_DIR"))
+	check(err)
+	check(j.Write(pr.Entry{LUN: d.Name, Path: args[0], Migration: "1", Key: pr.Key(number(args[3])), Pair: pr.Pair{Old: here, New: there, FullStatus: true}}))
 }
 
 // What differs from run to run, in JSON that is compared, beside the
