@@ -134,10 +134,8 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	defer steps.Close()
 	show := newShower(c, f.format)
 	var summary *vmmv1.MigrationSummary
-	began := false
 	for steps.Receive() {
 		m := steps.Msg()
-		began = true
 		if p := m.GetProgress(); p != nil {
 			if err := show.progress(p); err != nil {
 				return err
@@ -147,7 +145,7 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	}
 	show.end()
 	err = steps.Err()
-	if err != nil && (!began || connect.IsWireError(err)) { // else it ended without a word
+	if err != nil && !diedOf(err, ended) {
 		return client.Explain(err)
 	}
 	if err != nil || summary == nil {
@@ -158,6 +156,12 @@ func (f *migrateFlags) run(c *cobra.Command, client *control.Client, address str
 	}
 	gone(c, client, ended)
 	return nil
+}
+
+// diedOf says whether err, of a call to a guest's process, is that process's
+// death: it did not send err, and is gone or going.
+func diedOf(err error, ended *control.Process) bool {
+	return !connect.IsWireError(err) && ended.Wait(time.Second)
 }
 
 // gone waits for the end of the process of a guest that has left it: until then

@@ -70,17 +70,15 @@ func save(c *cobra.Command, client *control.Client, request *vmmv1.SaveRequest, 
 	defer steps.Close()
 	show := newShower(c, format)
 	var summary *vmmv1.SaveSummary
-	began := false
 	for steps.Receive() {
 		m := steps.Msg()
-		began = true
 		summary = m.GetSummary()
 		if err := show.saving(client.Name(), m); err != nil {
 			return err
 		}
 	}
 	err = steps.Err()
-	if err != nil && (!began || connect.IsWireError(err)) { // else it ended without a word
+	if err != nil && !diedOf(err, ended) {
 		show.end()
 		return client.Explain(err)
 	}
