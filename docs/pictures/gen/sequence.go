@@ -29,11 +29,10 @@ const (
 )
 
 type lane struct {
-	name    string
-	x       float64
-	mode    string // what the lane's line says now; empty: nothing
-	since   float64
-	visited bool
+	name  string
+	x     float64
+	mode  string // what the lane's line says now; empty: nothing
+	since float64
 }
 
 type sequence struct {
