@@ -3,8 +3,10 @@ package migration
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"hash/crc32"
 	"io"
 	"io/fs"
@@ -201,9 +203,23 @@ func (s *saving) begin() (stop func(), err error) {
 	if err := s.message(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}}); err != nil {
 		return nil, err
 	}
-	err = sendAttachments(s.src.Attachments(), func(m *vmmv1.StreamMessage) error { return s.message(m) })
+	files := s.src.Attachments()
+	sums := make([]hash.Hash, len(files))
+	for i := range sums {
+		sums[i] = sha256.New()
+	}
+	err = sendAttachments(files, func(m *vmmv1.StreamMessage) error {
+		c := m.GetAttachment()
+		sums[c.Attachment].Write(c.Data)
+		return s.message(m)
+	})
 	if err != nil {
 		return nil, err
+	}
+	for i, a := range files { // better now than when the guest is wanted back
+		if got := [sha256.Size]byte(sums[i].Sum(nil)); got != a.SHA256 {
+			return nil, fmt.Errorf("%s has digest %x by now, and had %x: it has changed since the guest was given it", a.Name, got, a.SHA256)
+		}
 	}
 	s.total = s.out.written
 	for _, r := range s.src.RAM().Regions() {
