@@ -120,6 +120,8 @@ func detached(c *cobra.Command) *background {
 		return nil // somebody else has set the variable
 	}
 	unix.CloseOnExec(readyFD)
+	// By its name a person finds it (ps, pkill); that of /proc/self/exe is exe.
+	_ = os.WriteFile("/proc/self/comm", []byte("vmm"), 0)
 	return &background{parent: os.NewFile(readyFD, "ready"), stderr: c.ErrOrStderr()}
 }
 
