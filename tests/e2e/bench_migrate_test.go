@@ -1,10 +1,8 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -73,24 +71,11 @@ func (m monitor) travelVMM(t *testing.T, kernel, initrd string, each func(*vm, f
 		moves++
 		next := fmt.Sprintf("bench%d", moves)
 		w, address := receive(t, next)
-		out := migrate(t, name, address, "--downtime", moveDowntime.String(), "--timeout", moveLimit.String(), "-o", "json")
-		lines := strings.Split(strings.TrimSpace(out), "\n")
-		var last struct {
-			Summary struct {
-				Sent     uint64 `json:"sent_bytes,string"`
-				Total    int64  `json:"total_us,string"`
-				Downtime struct {
-					Total int64 `json:"total_us,string"`
-				}
-			}
-		}
-		if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil || last.Summary.Total == 0 {
-			t.Fatalf("vmm migrate's summary: %v: %s", err, out)
-		}
+		s := migrate(t, name, address, "--downtime", moveDowntime.String(), "--timeout", moveLimit.String())
 		v.wait()
 		name = next
-		us := func(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
-		return w, moved{us(last.Summary.Total), us(last.Summary.Downtime.Total), last.Summary.Sent}
+		us := func(n uint64) time.Duration { return time.Duration(n) * time.Microsecond }
+		return w, moved{us(s.TotalUs), us(s.Downtime.TotalUs), s.SentBytes}
 	})
 }
 

@@ -27,7 +27,8 @@
 //
 // Besides busybox and sg3-utils: rdtest (random 4 KiB reads and writes, see
 // its usage), fill and sum (a pattern on a block device, its checksum), dirty
-// (writes to memory all the time).
+// (writes to memory all the time), churn (works memory, disk and clock, and
+// checks them), now (the time, in ns).
 package guest
 
 import (
@@ -62,7 +63,7 @@ func Initrd(ctx context.Context, k *kernel.Kernel) (string, error) {
 		return "", err
 	}
 	a.File("/init", 0o755, init)
-	for _, name := range []string{"rdtest", "fill", "sum", "dirty"} {
+	for _, name := range []string{"rdtest", "fill", "sum", "dirty", "churn", "now"} {
 		a.Symlink("../init", "/bin/"+name)
 	}
 	tools, err := filepath.Glob("/usr/bin/sg_*")
