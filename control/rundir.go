@@ -358,6 +358,15 @@ func (c *Claim) Close() error {
 	err := c.dir.locked(func() error {
 		switch {
 		case c.fresh:
+			// The guest may have ended meanwhile, and its files be gone, or those
+			// of another one.
+			mine, err := c.pid.Stat()
+			if err != nil {
+				return err
+			}
+			if now, err := os.Stat(c.dir.pidFile(c.name)); err != nil || !os.SameFile(mine, now) {
+				return nil
+			}
 			return os.Remove(c.dir.nextSocket(c.name))
 		case c.shared:
 			return nil // whoever else has the name removes them, or finds them dead

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,23 +18,21 @@ import (
 //
 // Between bind(2) and listen(2) a socket refuses connections too, and two may
 // find the same one dead; so whoever makes or removes one here has the
-// directory locked. Close removes the path before it ends the listener: never
+// directory locked, if it may read it: where it may not, what is there stays.
+// Others lock directories for reasons of their own, so the wait is bounded. Close removes the path before it ends the listener: never
 // somebody else's.
 func ListenUnix(path string) (*net.UnixListener, error) {
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, cause(err)
-	}
-	defer dir.Close()
-	for err = unix.EINTR; err == unix.EINTR; {
-		err = unix.Flock(int(dir.Fd()), unix.LOCK_EX)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("flock %s: %w", dir.Name(), err)
+	unlock, err := lockDir(filepath.Dir(path))
+	locked := err == nil
+	switch {
+	case locked:
+		defer unlock()
+	case !errors.Is(err, os.ErrPermission):
+		return nil, err
 	}
 	address := &net.UnixAddr{Name: path, Net: "unix"}
 	ln, err := net.ListenUnix("unix", address)
-	if errors.Is(err, unix.EADDRINUSE) {
+	if errors.Is(err, unix.EADDRINUSE) && locked {
 		if err := removeDead(address); err != nil {
 			return nil, err
 		}
@@ -47,6 +46,41 @@ func ListenUnix(path string) (*net.UnixListener, error) {
 		return nil, err
 	}
 	return ln, nil
+}
+
+// lockTime is how long another process may have the directory locked.
+var lockTime = 5 * time.Second
+
+// lockDir locks a directory until unlock.
+func lockDir(path string) (unlock func() error, err error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, cause(err)
+	}
+	locked := make(chan error, 1)
+	go func() {
+		var err error = unix.EINTR
+		for err == unix.EINTR {
+			err = unix.Flock(int(dir.Fd()), unix.LOCK_EX)
+		}
+		locked <- err
+	}()
+	late := time.NewTimer(lockTime)
+	defer late.Stop()
+	select {
+	case err = <-locked:
+	case <-late.C:
+		go func() { // nothing interrupts flock(2)
+			<-locked
+			dir.Close()
+		}()
+		return nil, fmt.Errorf("directory %s has been locked by another process for %v: give a path elsewhere", path, lockTime)
+	}
+	if err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("flock %s: %w", path, err)
+	}
+	return dir.Close, nil
 }
 
 // removeDead removes a socket that nobody listens on. The caller has the

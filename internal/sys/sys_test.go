@@ -4,7 +4,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestEventFDCountsAndWakes(t *testing.T) {
@@ -122,4 +126,32 @@ func TestReplaceFile(t *testing.T) {
 	if b, err := os.ReadFile(path); len(b) != 0 || err != nil {
 		t.Errorf("after an error the file has %q, %v; want what it had", b, err)
 	}
+}
+
+// A directory that somebody else keeps locked is an error after a while, not a
+// wait without end; one that cannot be read is not locked.
+func TestListenUnixWhereTheDirectoryIsLocked(t *testing.T) {
+	defer func(d time.Duration) { lockTime = d }(lockTime)
+	lockTime = 20 * time.Millisecond
+	path := t.TempDir()
+	dir, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if ln, err := ListenUnix(filepath.Join(path, "s")); err == nil || !strings.Contains(err.Error(), "locked by another process") {
+		t.Errorf("ListenUnix() = %v, %v; want an error that names the directory", ln, err)
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	lockTime = time.Minute
+	ln, err := ListenUnix(filepath.Join(path, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
 }
