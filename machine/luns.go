@@ -163,7 +163,8 @@ func (m *Machine) openBackend(l *LUNConfig) (scsi.LUN, error) {
 // from another process of this host under the name that it has there finds its
 // nexus in use, by itself: then it takes a second one, from which it comes back
 // to the first the next time. If it ends on the second one, and leaves its
-// registration there, it begins there.
+// registration there, it begins there. Neither is anybody's while a guest of
+// that name has the other.
 func (m *Machine) openImage(l *LUNConfig, name string) (scsi.LUN, error) {
 	second := name + "#2"
 	o := disk.Options{ReadOnly: l.ReadOnly, Initiator: name}
@@ -172,12 +173,18 @@ func (m *Machine) openImage(l *LUNConfig, name string) (scsi.LUN, error) {
 	case l.Offered != nil && errors.Is(err, disk.ErrInUse):
 		o.Initiator = second
 		return open(disk.Open(l.Path, o))
-	case err != nil || m.guest != guestBoots:
+	case err != nil || l.Offered != nil:
 		return open(d, err)
 	}
-	here, err := d.Registered(name)
-	there := false
-	if err == nil && !here {
+	taken, err := d.Seated(second)
+	if taken {
+		err = fmt.Errorf("disk: %s: %w as initiator %s, by another guest of this name; stop it first, or give this one another name", l.Path, disk.ErrInUse, second)
+	}
+	here, there := false, false
+	if err == nil && m.guest == guestBoots {
+		here, err = d.Registered(name)
+	}
+	if err == nil && m.guest == guestBoots && !here {
 		there, err = d.Registered(second)
 	}
 	if err == nil && !there {

@@ -26,6 +26,8 @@ type Departure struct {
 	units []*lun // the machine's when it departed
 	luns  []*migration.LUN
 	files []migration.Attachment
+
+	settled bool // the guest may go on with another page cache
 }
 
 var _ migration.Source = (*Departure)(nil)
@@ -87,16 +89,12 @@ func (d *Departure) Pause(ctx context.Context) error {
 	if !same {
 		return errors.New("a LUN was attached or detached since the migration began: migrate again")
 	}
-	if err := d.leaveDisks(); err != nil { // most of it while the guest runs
-		d.moving.Store(false)
-		return err
-	}
 	err := d.Machine.Pause(ctx)
 	if err == nil {
 		err = d.Quiesce(ctx)
 	}
-	if err == nil {
-		err = d.leaveDisks()
+	if err == nil && d.settled {
+		err = d.leaveDisks(ctx)
 	}
 	if err != nil {
 		if again := d.Resume(); again != nil && !errors.Is(again, ErrEnded) {
@@ -106,13 +104,37 @@ func (d *Departure) Pause(ctx context.Context) error {
 	return err
 }
 
-// leaveDisks has disk images as another host must find them.
-func (d *Departure) leaveDisks() error {
+// Settle implements migration.Source.
+func (d *Departure) Settle(ctx context.Context) error {
+	d.settled = true
+	return d.leaveDisks(ctx)
+}
+
+// leaveDisks has disk images as another host must find them. A write-back that
+// is not over when ctx is goes on by itself, and changes nothing.
+func (d *Departure) leaveDisks(ctx context.Context) error {
+	left := make(chan error, len(d.units))
+	images := 0
 	for _, l := range d.units {
 		if image, ok := l.backend.(*disk.LUN); ok {
-			if err := image.Leave(); err != nil {
-				return fmt.Errorf("LUN %s: %w", l.cfg.ID, err)
+			images++
+			go func() {
+				err := image.Leave()
+				if err != nil {
+					err = fmt.Errorf("LUN %s: %w", l.cfg.ID, err)
+				}
+				left <- err
+			}()
+		}
+	}
+	for range images {
+		select {
+		case err := <-left:
+			if err != nil {
+				return err
 			}
+		case <-ctx.Done():
+			return fmt.Errorf("the disk images are still being written back: %w", context.Cause(ctx))
 		}
 	}
 	return nil
@@ -302,7 +324,7 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 			return nil, err
 		}
 	}
-	a := &Arrival{arrived: r.Arrived, done: make(chan struct{})}
+	a := &Arrival{here: offer.Memory != nil, arrived: r.Arrived, done: make(chan struct{})}
 	in := Incoming{Requirements: offer.Requirements, Memory: offer.Memory}
 	for _, f := range offer.Attachments {
 		image, err := a.expect(f, cfg)
@@ -398,6 +420,7 @@ func (r *Reception) config(offer migration.Offer) (Config, error) {
 // migration.Destination.
 type Arrival struct {
 	m       *Machine
+	here    bool // the guest was on this host before
 	luns    []*migration.LUN
 	files   []*attached
 	arrived func()        // nil: nobody wants to know that it runs
@@ -462,7 +485,7 @@ func (a *Arrival) Attach(i int, data []byte) error {
 // offer, migration has seen to.
 func (a *Arrival) Load(s *vmmv1.MachineState) error {
 	for _, l := range a.m.units() {
-		if d, ok := l.backend.(*disk.LUN); ok {
+		if d, ok := l.backend.(*disk.LUN); ok && !a.here {
 			if err := d.Arrive(); err != nil {
 				return fmt.Errorf("LUN %s: %w", l.cfg.ID, err)
 			}

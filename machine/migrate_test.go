@@ -192,8 +192,9 @@ func TestMigrationRefused(t *testing.T) {
 	}
 }
 
-// A copy of the disk image, under the same name and with the same identity, is
-// not the guest's disk.
+// A copy of the disk image, with the same identity, is not the guest's disk:
+// neither under another name nor, what is beside it being the guest's, in the
+// place of the image.
 func TestMigrationToACopy(t *testing.T) {
 	image := func() string {
 		path := filepath.Join(t.TempDir(), "disk.img")
@@ -216,14 +217,22 @@ func TestMigrationToACopy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dial, _ := receiving(t, &Reception{
-		Config:   Config{RunDir: t.TempDir(), LUNs: []LUNConfig{{ID: "data", Path: twin, Initiator: "host2"}}},
-		StateDir: t.TempDir(),
-	}, t.TempDir())
-	_, err = outgoing(t, m, dial, t.TempDir())
-	if !errors.Is(err, migration.ErrRefused) || !strings.Contains(err.Error(), "a copy of it") {
-		t.Errorf("migration = %v; want it refused for the copy", err)
+	refused := func(path string) {
+		t.Helper()
+		dial, _ := receiving(t, &Reception{
+			Config:   Config{RunDir: t.TempDir(), LUNs: []LUNConfig{{ID: "data", Path: path, Initiator: "host2"}}},
+			StateDir: t.TempDir(),
+		}, t.TempDir())
+		_, err = outgoing(t, m, dial, t.TempDir())
+		if !errors.Is(err, migration.ErrRefused) || !strings.Contains(err.Error(), "a copy of it") {
+			t.Errorf("migration to %s = %v; want it refused for the copy", path, err)
+		}
 	}
+	refused(twin)
+	if err := os.Rename(twin, there); err != nil {
+		t.Fatal(err)
+	}
+	refused(there)
 	if got := m.State(); got != StateRunning {
 		t.Errorf("the source is %v; want running", got)
 	}

@@ -10,6 +10,7 @@ import (
 
 	"vmm/migration"
 	"vmm/scsi"
+	"vmm/scsi/disk"
 	"vmm/scsi/pr"
 	"vmm/scsi/sg"
 )
@@ -79,6 +80,12 @@ func TestGuestMovesToItsSuccessors(t *testing.T) {
 			t.Fatalf("migration %d: the LUN has %+v; want key %x and Write Exclusive on the machine's nexus alone", i, now, key)
 		}
 		nexuses = append(nexuses, now.Registrations[0].Nexus)
+		// A second guest of the name, from another run directory, gets the image
+		// by neither nexus.
+		other, err := New(Config{Name: "web1", RunDir: t.TempDir(), Memory: 16 << 20, CPUs: 1, CPU: CPUHost, Kernel: kernelFile(t, counts()), Console: newConsole(), Warn: func(string) {}, LUNs: []LUNConfig{{ID: "data", Path: image, Target: 0}}})
+		if !errors.Is(err, disk.ErrInUse) {
+			t.Errorf("migration %d: another guest of the name gets the image: %v, %v", i, other, err)
+		}
 	}
 	host, err := os.Hostname()
 	if err != nil {

@@ -38,16 +38,18 @@ func (g *guest) stop() { g.runs.Add(-1) }
 
 // fakeSource is a machine with real memory and made-up vCPUs.
 type fakeSource struct {
-	g       *guest
-	ram     *memory.RAM
-	alias   *sys.Mapping // the guest's own view: the race detector takes it for other memory
-	luns    []*LUN
-	cpu     string
-	files   []Attachment
-	stuck   bool // a SCSI command does not come back
-	failing error
-	inPause func()
-	busy    func() // what the guest does while a round is sent
+	g        *guest
+	ram      *memory.RAM
+	alias    *sys.Mapping // the guest's own view: the race detector takes it for other memory
+	luns     []*LUN
+	cpu      string
+	files    []Attachment
+	stuck    bool // a SCSI command does not come back
+	failing  error
+	inPause  func()
+	inSettle func(context.Context) error
+	settles  int
+	busy     func() // what the guest does while a round is sent
 
 	mu        sync.Mutex // orders the guest's writes and the dirty log
 	dirty     map[uint64]bool
@@ -117,6 +119,16 @@ func (s *fakeSource) Throttle(percent int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.throttles = append(s.throttles, percent)
+}
+
+func (s *fakeSource) Settle(ctx context.Context) error {
+	s.mu.Lock()
+	s.settles++
+	s.mu.Unlock()
+	if s.inSettle != nil {
+		return s.inSettle(ctx)
+	}
+	return nil
 }
 
 func (s *fakeSource) Pause(ctx context.Context) error {

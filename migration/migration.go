@@ -62,6 +62,11 @@ type Source interface {
 	TrackDirty() (DirtyLog, error)
 	// Throttle takes percent (0 to 99) of the vCPUs' time away.
 	Throttle(percent int)
+	// Settle brings to the disks, while the guest runs, what this host has in
+	// its page cache of what the guest wrote. It is called where the guest may
+	// go on with another cache, and not for one that stays on this host; then
+	// Pause brings the rest, within its ctx. ctx may end it early.
+	Settle(ctx context.Context) error
 	// Pause stops the vCPUs and waits until every SCSI command is complete. On
 	// an error, ctx's end included, the guest runs on as though it had not
 	// been called.

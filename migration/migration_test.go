@@ -249,6 +249,66 @@ func TestKept(t *testing.T) {
 	}
 }
 
+// What a disk image has in the page cache is brought to it while the guest runs,
+// and what the guest writes meanwhile counts before it is stopped.
+func TestSettle(t *testing.T) {
+	r := newRig(t, 1<<20)
+	r.src.inSettle = func(context.Context) error {
+		if r.src.paused {
+			t.Error("the guest stands while its images are written back")
+		}
+		for p := range uint64(200) {
+			r.src.write(p, p+7)
+		}
+		return nil
+	}
+	arrived := r.receiving()
+	s, err := r.migrate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-arrived
+	if r.src.settles != 1 || s.Rounds < 2 {
+		t.Errorf("the images were written back %d times, %d rounds; want once, and what was written meanwhile to be sent", r.src.settles, s.Rounds)
+	}
+
+	r = newRig(t, 1<<20)
+	r.opts.Local = true
+	arrived = r.receiving()
+	if _, err := r.migrate(); err != nil || r.src.settles != 0 {
+		t.Errorf("within one host: %v; the images were written back %d times, and the cache is the same", err, r.src.settles)
+	}
+	<-arrived
+
+	for _, tt := range []struct {
+		name string
+		with func(*rig, *Outgoing)
+		want string
+	}{
+		{"a write-back that fails", func(r *rig, _ *Outgoing) {
+			r.src.inSettle = func(context.Context) error { return errors.New("LUN data: no space left") }
+		}, "no space left"},
+		{"canceled", func(r *rig, o *Outgoing) {
+			r.src.inSettle = func(ctx context.Context) error { o.Cancel(); <-ctx.Done(); return ctx.Err() }
+		}, "canceled"},
+		{"too slow", func(r *rig, o *Outgoing) {
+			o.opts.Timeout = 200 * time.Millisecond
+			r.src.inSettle = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		}, "written back within 200ms"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, 1<<20)
+			r.receiving()
+			o := r.outgoing()
+			tt.with(r, o)
+			_, err := o.Run(context.Background())
+			if !errors.Is(err, ErrKept) || !strings.Contains(err.Error(), tt.want) || r.src.pauses != 0 {
+				t.Errorf("Run = %v; the guest stood still %d times; want %q, and it never to have", err, r.src.pauses, tt.want)
+			}
+		})
+	}
+}
+
 func (r *rig) kill(n pr.Nexus) {
 	d := r.src.luns[0].Port.Sender.(*site).d
 	d.mu.Lock()

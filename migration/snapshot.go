@@ -265,6 +265,9 @@ func (s *saving) message(m *vmmv1.StreamMessage) error {
 
 // pause stops the guest.
 func (s *saving) pause(ctx context.Context) error {
+	if err := s.src.Settle(ctx); err != nil {
+		return err
+	}
 	ctx, done := context.WithTimeout(ctx, s.opts.Deadlines.Drain)
 	defer done()
 	if err := s.src.Pause(ctx); err != nil {

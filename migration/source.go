@@ -71,7 +71,7 @@ type Outgoing struct {
 	pages     *pump
 	rounds    int
 	acked     uint32
-	round     chan error // of the round that is being sent; nil: none
+	working   chan error // of what during has begun; nil: nothing
 	takeover  *takeover
 	throttled int
 	paused    bool
@@ -348,6 +348,7 @@ func (o *Outgoing) copy() error {
 		return err
 	}
 	c := convergence{limit: o.opts.Downtime}
+	settled := false
 	for {
 		o.progress.Remaining = pages * memory.PageSize
 		began, before := time.Now(), o.pages.sent.Load()
@@ -359,6 +360,19 @@ func (o *Outgoing) copy() error {
 			return err
 		}
 		stop, throttle := c.after(sent, pages*memory.PageSize, took)
+		if stop && !settled {
+			settled = true
+			if err := o.during(until(deadline), o.src.Settle); err != nil {
+				if errors.Is(err, errLate) {
+					err = fmt.Errorf("what the guest wrote to its disk images could not be written back within %v; give it more time", o.opts.Timeout)
+				}
+				return err
+			}
+			if pages, err = log.Collect(); err != nil {
+				return err
+			}
+			stop = c.fits(pages * memory.PageSize)
+		}
 		if throttle != o.throttled {
 			o.throttled = throttle
 			o.src.Throttle(throttle)
@@ -391,31 +405,47 @@ func (o *Outgoing) sendRound(log DirtyLog, deadline time.Time) error {
 	number := uint32(o.rounds)
 	o.progress.Round = o.rounds
 	o.begun.at, o.begun.sent, o.begun.walked = time.Now(), o.pages.sent.Load(), o.pages.walked.Load()
-	ctx, stop := context.WithCancel(context.Background())
-	o.round = make(chan error, 1)
-	result := o.round
-	go func() { result <- o.pages.round(ctx, number, log.Visit) }()
-	wait := time.Duration(math.MaxInt64)
-	if !deadline.IsZero() {
-		wait = time.Until(deadline)
+	err := o.during(until(deadline), func(ctx context.Context) error {
+		if err := o.pages.round(ctx, number, log.Visit); err != nil {
+			return fmt.Errorf("send memory: %w", whyLost(err))
+		}
+		return nil
+	})
+	if errors.Is(err, errLate) && !o.paused {
+		return o.notConverged()
 	}
-	err := o.wait(wait, func() bool { return o.round == nil })
 	if err != nil {
-		stop()
-		if o.round != nil {
-			<-result
-			o.round = nil
-		}
-		if errors.Is(err, errLate) && !o.paused {
-			err = o.notConverged()
-		}
 		return err
 	}
-	stop()
 	if err := o.wait(o.opts.Deadlines.Idle, func() bool { return o.acked == number }); err != nil {
 		return err
 	}
 	return o.sendProgress()
+}
+
+// until is the time that is left; of no deadline, all of it.
+func until(deadline time.Time) time.Duration {
+	if deadline.IsZero() {
+		return math.MaxInt64
+	}
+	return time.Until(deadline)
+}
+
+// during does what happens while f works, which has to be over within d, and
+// ends when its context does.
+func (o *Outgoing) during(d time.Duration, f func(context.Context) error) error {
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	result := make(chan error, 1)
+	o.working = result
+	go func() { result <- f(ctx) }()
+	err := o.wait(d, func() bool { return o.working == nil })
+	if err != nil && o.working != nil {
+		stop()
+		<-result
+		o.working = nil
+	}
+	return err
 }
 
 func (o *Outgoing) sendProgress() error {
@@ -874,11 +904,9 @@ func (o *Outgoing) event(late <-chan time.Time) error {
 		}
 	case r := <-reports:
 		return o.reported(r)
-	case err := <-o.round:
-		o.round = nil
-		if err != nil {
-			return fmt.Errorf("send memory: %w", whyLost(err))
-		}
+	case err := <-o.working:
+		o.working = nil
+		return err
 	case <-ended.Done():
 		return context.Cause(ended)
 	case done := <-force:
@@ -954,6 +982,12 @@ const (
 	minSample = 1 << 20
 )
 
+// fits says that what is left can be sent within the downtime.
+func (c *convergence) fits(left uint64) bool {
+	c.expected = time.Duration(min(float64(left)/c.bandwidth*float64(time.Second), math.MaxInt64/2))
+	return c.expected <= c.limit
+}
+
 // after is told of a round: the bytes that were sent, what the guest has
 // written meanwhile, and how long it took.
 func (c *convergence) after(sent, dirtied uint64, took time.Duration) (stop bool, throttle int) {
@@ -962,8 +996,7 @@ func (c *convergence) after(sent, dirtied uint64, took time.Duration) (stop bool
 		c.bandwidth = max(float64(sent)/seconds, 1)
 	}
 	c.dirtyRate = float64(dirtied) / seconds
-	c.expected = time.Duration(min(float64(dirtied)/c.bandwidth*float64(time.Second), math.MaxInt64/2))
-	if c.expected <= c.limit {
+	if c.fits(dirtied) {
 		return true, c.throttle
 	}
 	if dirtied*2 > sent {

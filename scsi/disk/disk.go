@@ -58,6 +58,7 @@ type LUN struct {
 	thin     bool // the file system can deallocate blocks
 	// reservations of the image; nil if it cannot have any.
 	reservations *pr.File
+	shared       bool   // somebody else had the image open when this was opened
 	blockSize    uint32 // bytes
 	blockShift   uint8  // blockSize == 1 << blockShift
 
@@ -146,7 +147,9 @@ func open(path, real string, fd int, o Options) (l *LUN, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("disk: %s: %w", path, err)
 	}
-	return newLUN(path, osFile(fd), uint64(st.Size), id, reservations, o), nil
+	l = newLUN(path, osFile(fd), uint64(st.Size), id, reservations, o)
+	l.shared = isShared(fd)
+	return l, nil
 }
 
 // newLUN makes a disk of size bytes, a multiple of o.BlockSize, on f.
@@ -261,7 +264,11 @@ func (l *LUN) Leave() error {
 	if l.readOnly {
 		return nil
 	}
-	if err := l.flusher.flushUntold(); err != nil {
+	flush := l.flusher.flushUntold
+	if !l.wce.Load() { // each write has told, and nobody asks for a flush
+		flush = func() error { return l.flusher.flush(l.flusher.failures()) }
+	}
+	if err := flush(); err != nil {
 		return fmt.Errorf("disk: %s: write back: %w", l.path, err)
 	}
 	return nil

@@ -124,6 +124,11 @@ func TestLeave(t *testing.T) {
 	if err := l.Leave(); !errors.Is(err, unix.EIO) {
 		t.Errorf("Leave() = %v; want EIO until the guest knows", err)
 	}
+	l.wce.Store(false) // then the write that met it has told
+	if err := l.Leave(); err != nil {
+		t.Errorf("Leave() with the write cache off = %v; want nil", err)
+	}
+	l.wce.Store(true)
 	if err := l.flusher.flushAll(); err == nil {
 		t.Error("flushAll() = nil; want the error that nobody has told of")
 	}

@@ -63,8 +63,19 @@ func (l *LUN) Nonce() []byte {
 }
 
 // Met says whether a disk whose Nonce this is had the file open when l was
-// opened.
-func (l *LUN) Met(nonce []byte) bool { return l.reservations != nil && l.reservations.Met(nonce) }
+// opened: not only what is beside the image, which somebody may have put
+// another in the place of.
+func (l *LUN) Met(nonce []byte) bool {
+	return l.shared && l.reservations != nil && l.reservations.Met(nonce)
+}
+
+// isShared says whether another open file has the image fd locked as one that
+// goes by the reservations.
+func isShared(fd int) bool {
+	lk := unix.Flock_t{Type: unix.F_WRLCK, Start: lockReserving, Len: 1}
+	err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &lk)
+	return err == nil && lk.Type != unix.F_UNLCK
+}
 
 // Bytes of the image that are locked as a sign to others (F_OFD_SETLK,
 // fcntl(2)), shared by those who get along with each other.
@@ -157,6 +168,19 @@ func (l *LUN) Registered(initiator string) (bool, error) {
 		return false, fmt.Errorf("disk: %s: %w", l.path, err)
 	}
 	return t.Key(nexus) != 0, nil
+}
+
+// Seated says whether a disk has the image open under that initiator name.
+func (l *LUN) Seated(initiator string) (bool, error) {
+	nexus, err := pr.NamedNexus(initiator)
+	if err != nil || l.reservations == nil {
+		return false, err
+	}
+	seated, err := l.reservations.Seated(nexus)
+	if err != nil {
+		return false, fmt.Errorf("disk: %s: %w", l.path, err)
+	}
+	return seated, nil
 }
 
 // persistentIn is PERSISTENT RESERVE IN (SPC-5 6.15).

@@ -240,6 +240,15 @@ func (f *File) gone(n Nexus) (bool, error) {
 	return !slices.ContainsFunc(seats[:], func(s seat) bool { return s.pid != 0 && s.id == n.Initiator }), err
 }
 
+// Seated says whether somebody has the image open for n.
+func (f *File) Seated(n Nexus) (bool, error) {
+	if err := f.begin(); err != nil {
+		return false, err
+	}
+	gone, err := f.gone(n)
+	return !gone, errors.Join(err, f.end(false))
+}
+
 // forget drops the nexuses about which there is nothing to know, other than
 // those to keep: the names of those who once had the image open would fill the
 // state.

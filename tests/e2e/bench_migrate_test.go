@@ -88,7 +88,9 @@ func (m monitor) travelQEMU(t *testing.T, kernel, initrd string, each func(*vm, 
 			t.Fatal(err)
 		}
 		socket := filepath.Join(dir, "s")
-		v := m.start(t, kernel, initrd, socket, nil, append(ln.Args(), more...)...)
+		// The devices that a guest of vmm always has.
+		args := append(ln.Args(), "-device", "virtio-scsi-pci,num_queues=2", "-device", "virtio-rng-pci")
+		v := m.start(t, kernel, initrd, socket, nil, append(args, more...)...)
 		v.serial = socket
 		monitor, err := ln.Accept()
 		if err != nil {
