@@ -58,7 +58,6 @@ type LUN struct {
 	thin     bool // the file system can deallocate blocks
 	// reservations of the image; nil if it cannot have any.
 	reservations *pr.File
-	shared       bool   // somebody else had the image open when this was opened
 	blockSize    uint32 // bytes
 	blockShift   uint8  // blockSize == 1 << blockShift
 
@@ -147,9 +146,7 @@ func open(path, real string, fd int, o Options) (l *LUN, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("disk: %s: %w", path, err)
 	}
-	l = newLUN(path, osFile(fd), uint64(st.Size), id, reservations, o)
-	l.shared = isShared(fd)
-	return l, nil
+	return newLUN(path, osFile(fd), uint64(st.Size), id, reservations, o), nil
 }
 
 // newLUN makes a disk of size bytes, a multiple of o.BlockSize, on f.

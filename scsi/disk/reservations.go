@@ -63,19 +63,8 @@ func (l *LUN) Nonce() []byte {
 }
 
 // Met says whether a disk whose Nonce this is had the file open when l was
-// opened: not only what is beside the image, which somebody may have put
-// another in the place of.
-func (l *LUN) Met(nonce []byte) bool {
-	return l.shared && l.reservations != nil && l.reservations.Met(nonce)
-}
-
-// isShared says whether another open file has the image fd locked as one that
-// goes by the reservations.
-func isShared(fd int) bool {
-	lk := unix.Flock_t{Type: unix.F_WRLCK, Start: lockReserving, Len: 1}
-	err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &lk)
-	return err == nil && lk.Type != unix.F_UNLCK
-}
+// opened.
+func (l *LUN) Met(nonce []byte) bool { return l.reservations != nil && l.reservations.Met(nonce) }
 
 // Bytes of the image that are locked as a sign to others (F_OFD_SETLK,
 // fcntl(2)), shared by those who get along with each other.

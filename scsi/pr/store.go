@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,8 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 
 	"vmm/internal/sys"
 	"vmm/scsi"
@@ -192,7 +195,11 @@ func (f *File) sitDown() error {
 		return errors.Join(fmt.Errorf("%d processes have the image open, which is all that can", maxSeats), f.end(false))
 	}
 	host, _ := os.Hostname() // empty if unknown
-	rand.Read(f.nonce[:])
+	rand.Read(f.nonce[:nonceInode])
+	var st unix.Stat_t
+	if err := unix.Stat(strings.TrimSuffix(f.path, ".pr"), &st); err == nil { // else there is no image yet
+		binary.LittleEndian.PutUint64(f.nonce[nonceInode:], st.Ino)
+	}
 	if err := f.locks.take(free, seat{uint32(os.Getpid()), f.self.Initiator, host, f.nonce}); err != nil {
 		return errors.Join(err, f.end(false))
 	}
@@ -283,6 +290,10 @@ func (f *File) Nonce() []byte { return f.nonce[:] }
 // Met says whether somebody whose Nonce this is had the file open when f was
 // opened.
 func (f *File) Met(n []byte) bool {
+	// Another file may have been put in the image's place since then.
+	if len(n) != len(nonce{}) || !bytes.Equal(n[nonceInode:], f.nonce[nonceInode:]) {
+		return false
+	}
 	return slices.ContainsFunc(f.others, func(o nonce) bool { return bytes.Equal(o[:], n) })
 }
 

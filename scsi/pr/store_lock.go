@@ -43,9 +43,12 @@ const (
 	seatNonce = seatLen - len(nonce{})
 )
 
-// nonce is drawn for each seat that is taken: who knows it has seen this file,
-// and no copy, while somebody sat there.
+// nonce is made for each seat that is taken: who knows it has seen this file,
+// and no copy, while somebody sat there. Eight bytes are random, the others the
+// image's inode number, which is the same on all hosts.
 type nonce [16]byte
+
+const nonceInode = 8
 
 // The bytes that are locked, beside each other for no other reason than that
 // they have to be somewhere.
