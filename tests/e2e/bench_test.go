@@ -73,7 +73,7 @@ func qemuMonitor(t *testing.T, machine string) monitor {
 // awaitInit returns the time from before the start to the guest's init.
 func awaitInit(t *testing.T, v *vm, started time.Time) time.Duration {
 	t.Helper()
-	if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, "guest: init") }); err != nil {
+	if err := v.console.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, "guest: init") }); err != nil {
 		t.Fatalf("the guest's first process did not run: %v", err)
 	}
 	return time.Since(started)
@@ -143,7 +143,7 @@ func TestBench(t *testing.T) {
 				v := m.start(t, kernel, initrd, socket, nil)
 				note("start to the guest's init, s", m.name, awaitInit(t, v, started).Seconds())
 				// Not through the agent: microvm has one serial port.
-				if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, "guest: ready") }); err != nil {
+				if err := v.console.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, "guest: ready") }); err != nil {
 					t.Fatalf("the guest did not get ready: %v", err)
 				}
 				note("resident beyond guest RAM, MiB", m.name, float64(overhead(t, v))/1024)

@@ -116,7 +116,7 @@ func TestReboot(t *testing.T) {
 	v.connect()
 	before := v.sh("cat /proc/sys/kernel/random/boot_id")
 	go v.agent.Run(v.context(), "reboot -f")
-	if err := v.console.wait(v.exited, func(s string) bool { return strings.Count(s, "guest: init") == 2 }); err != nil {
+	if err := v.console.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Count(s, "guest: init") == 2 }); err != nil {
 		t.Fatalf("the guest did not boot again: %v", err)
 	}
 	v.agent.Close()
@@ -184,7 +184,7 @@ func TestStopByForce(t *testing.T) {
 	// A shell as the first process knows no power button.
 	deaf := func(t *testing.T, timeout string) *vm {
 		v := boot(t, cloud, "rdinit=/bin/sh", "--stop-timeout", timeout)
-		if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, "# ") }); err != nil {
+		if err := v.console.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, "# ") }); err != nil {
 			t.Fatalf("no prompt: %v", err)
 		}
 		return v

@@ -37,14 +37,14 @@ func TestConsole(t *testing.T) {
 		}
 	})
 	first, _ := console(t, "test")
-	if err := first.console.wait(first.exited, func(s string) bool { return strings.Contains(s, "# ") }); err != nil {
+	if err := first.console.Wait(first.t.Context(), first.exited, func(s string) bool { return strings.Contains(s, "# ") }); err != nil {
 		t.Fatalf("no prompt: %v", err)
 	}
 	// Who attaches now reads what was printed before, and types.
 	second, keyboard := console(t, "test")
 	answers := func(v *vm, text string) {
 		t.Helper()
-		if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, text) }); err != nil {
+		if err := v.console.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, text) }); err != nil {
 			t.Fatalf("waiting for %q: %v", text, err)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	vmmv1 "vmm/proto/vmm/v1"
+	"vmm/tests/guest"
 	"vmm/tests/lab/lio"
 )
 
@@ -29,7 +30,7 @@ func receive(t *testing.T, name string, flags ...string) (v *vm, address string)
 	address = "unix://" + filepath.Join(dir, "m")
 	v = start(t, append([]string{"receive", name, "--listen", address, "--serial", socket}, flags...)...)
 	v.serial = socket
-	if err := v.stderr.wait(v.exited, func(s string) bool { return strings.Contains(s, "waiting for a guest") }); err != nil {
+	if err := v.stderr.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, "waiting for a guest") }); err != nil {
 		t.Fatalf("vmm receive: %v", err)
 	}
 	return v, address
@@ -187,32 +188,36 @@ func TestMigrate(t *testing.T) {
 // churn has the guest work (package guest) until stopChurn.
 func (v *vm) churn(args string) {
 	v.t.Helper()
-	v.sh("churn -count /tmp/count " + args + " >/tmp/churn 2>&1 & echo $! >/tmp/churn.pid; while ! test -s /tmp/count -o -s /tmp/churn; do sleep 0.1; done")
-	v.churned()
+	v.works(v.agent.Churn(v.context(), args))
 }
 
 // churned is how often it has written its disk and its memory, all of which
 // was as it must be.
-func (v *vm) churned() (n struct{ disk, memory int }) {
+func (v *vm) churned() guest.Churned {
 	v.t.Helper()
-	out := v.sh("cat /tmp/churn /tmp/count")
-	if _, err := fmt.Sscan(out, &n.disk, &n.memory); err != nil {
-		v.t.Fatalf("in the guest: churn: %s", out)
-	}
+	n, err := v.agent.Churned(v.context())
+	v.works(err)
 	return n
 }
 
 // churnsOn waits until it has written both again since.
-func (v *vm) churnsOn(since struct{ disk, memory int }) {
+func (v *vm) churnsOn(since guest.Churned) {
 	v.t.Helper()
-	v.sh(fmt.Sprintf("while read disk memory </tmp/count; ! test -s /tmp/churn && ! test $disk -gt %d -a $memory -gt %d; do sleep 0.1; done", since.disk, since.memory))
-	v.churned()
+	v.works(v.agent.ChurnsOn(v.context(), since))
 }
 
 func (v *vm) stopChurn() {
 	v.t.Helper()
+	v.works(v.agent.StopChurn(v.context()))
 	v.churned()
-	v.sh("kill $(cat /tmp/churn.pid)")
+}
+
+// works ends the test if the guest does not.
+func (v *vm) works(err error) {
+	v.t.Helper()
+	if err != nil {
+		v.t.Fatalf("in the guest: %v", err)
+	}
 }
 
 // span is what a measurement cannot tell apart.
@@ -257,7 +262,7 @@ func uptime(v *vm) float64 {
 func migrating(t *testing.T, name, address string) *vm {
 	t.Helper()
 	m := start(t, "migrate", name, address, "--max-bandwidth", "8M", "-o", "json")
-	if err := m.console.wait(m.exited, func(s string) bool { return strings.Contains(s, `"round":1`) }); err != nil {
+	if err := m.console.Wait(m.t.Context(), m.exited, func(s string) bool { return strings.Contains(s, `"round":1`) }); err != nil {
 		t.Fatalf("vmm migrate: %v\n%s", err, m.stderr)
 	}
 	return m

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	"vmm/tests/guest"
 	"vmm/tests/lab/lio"
 )
 
@@ -379,7 +380,7 @@ func (s *service) followCurl(v *vm, socket string) {
 		want := wants[ran].answer
 		ran++
 		c := s.command("sh", "-c", settings+strings.ReplaceAll(line, "/disks/more.img", image))
-		out := newOutput()
+		out := guest.NewOutput()
 		c.Stdout, c.Stderr = out, out
 		if err := c.Start(); err != nil {
 			s.t.Fatal(err)
@@ -390,7 +391,7 @@ func (s *service) followCurl(v *vm, socket string) {
 			}
 		}
 		if strings.Contains(line, "curl -sN") { // until the guest ends
-			if err := out.wait(v.exited, func(text string) bool { return text != "" }); err != nil {
+			if err := out.Wait(v.t.Context(), v.exited, func(text string) bool { return text != "" }); err != nil {
 				s.t.Errorf("docs/api.md: %s: %v", line, err)
 			}
 			follows = append(follows, ends)

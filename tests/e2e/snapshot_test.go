@@ -64,7 +64,7 @@ func TestSnapshot(t *testing.T) {
 		flags := []string{"run", name, "--from", file, "--serial", socket, "--lun", "id=data,path=" + lun.Nexuses[pass.nexus].SG}
 		v = start(t, flags...)
 		v.serial = socket
-		if err := v.stderr.wait(v.exited, func(s string) bool { return strings.Contains(s, "data: ") }); err != nil {
+		if err := v.stderr.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, "data: ") }); err != nil {
 			t.Fatalf("vmm run --from: %v\n%s", err, v.stderr)
 		}
 		if !strings.Contains(v.stderr.String(), pass.says) {

@@ -5,9 +5,7 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -15,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -50,56 +47,12 @@ var cloud = image{"cloud", "bzImage"}
 type vm struct {
 	t       *testing.T
 	cmd     *exec.Cmd
-	console *output // the guest's
-	stderr  *output
+	console *guest.Output // the guest's
+	stderr  *guest.Output
 	serial  string // socket of the guest's second UART
 	agent   *guest.Guest
 	exited  chan struct{}
 	status  int
-}
-
-// output gathers what a process writes and lets a test wait for a line.
-type output struct {
-	mu      sync.Mutex
-	buf     bytes.Buffer
-	changed chan struct{} // closed and replaced by each write
-}
-
-func newOutput() *output { return &output{changed: make(chan struct{})} }
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	close(o.changed)
-	o.changed = make(chan struct{})
-	return o.buf.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
-}
-
-// wait returns when f is true of the output, or with an error when done ends
-// before.
-func (o *output) wait(done <-chan struct{}, f func(string) bool) error {
-	for {
-		o.mu.Lock()
-		text, changed := o.buf.String(), o.changed
-		o.mu.Unlock()
-		if f(text) {
-			return nil
-		}
-		select {
-		case <-changed:
-		case <-done:
-			if f(o.String()) {
-				return nil
-			}
-			return errors.New("it ended first")
-		}
-	}
 }
 
 // start runs vmm with args and does not wait for anything.
@@ -129,7 +82,7 @@ func launchWith(t *testing.T, stdin *os.File, program string, args ...string) *v
 // test.
 func supervise(t *testing.T, cmd *exec.Cmd) *vm {
 	t.Helper()
-	v := &vm{t: t, cmd: cmd, console: newOutput(), stderr: newOutput(), exited: make(chan struct{})}
+	v := &vm{t: t, cmd: cmd, console: guest.NewOutput(), stderr: guest.NewOutput(), exited: make(chan struct{})}
 	cmd.Stdout, cmd.Stderr = v.console, v.stderr
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	if err := cmd.Start(); err != nil {
@@ -195,7 +148,7 @@ func boot(t *testing.T, k image, work string, flags ...string) *vm {
 // connect waits for the guest's agent.
 func (v *vm) connect() {
 	v.t.Helper()
-	if err := v.console.wait(v.exited, func(s string) bool { return strings.Contains(s, "guest: init") }); err != nil {
+	if err := v.console.Wait(v.t.Context(), v.exited, func(s string) bool { return strings.Contains(s, "guest: init") }); err != nil {
 		v.t.Fatalf("the guest's first process did not run: %v", err)
 	}
 	v.dial()

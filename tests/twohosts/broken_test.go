@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"vmm/tests/guest"
 )
 
 // Where the guest is in the end.
@@ -34,7 +36,7 @@ func TestTwoHostsBroken(t *testing.T) {
 	const typ = 5
 	v := boot(p.one)
 	v.reserve(typ)
-	v.write()
+	v.churn()
 	for _, test := range []struct {
 		name   string
 		kind   byte
@@ -63,7 +65,7 @@ func TestTwoHostsBroken(t *testing.T) {
 				to = p.one
 			}
 			p.wantReserved(from, typ)
-			before := v.written()
+			before := v.churned()
 			stop := p.intruder()
 			w := receive(to, "--insecure")
 			held := p.net.at(test.kind, (to == p.two) != test.answer)
@@ -137,12 +139,12 @@ func TestTwoHostsBroken(t *testing.T) {
 			if test.blow == cutAndKillDestination {
 				// The guest has run at both, one after the other: what it wrote at the
 				// destination it has not written here.
-				v.endWriting()
-				v.write()
-				before = 0
+				v.ask(v.agent.StopChurn)
+				v.churn()
+				before = guest.Churned{}
 			}
 			if where != nobody {
-				v.writesOn(before)
+				v.churnsOn(before)
 			}
 			stop()
 		})

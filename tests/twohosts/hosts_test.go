@@ -251,7 +251,7 @@ type process struct {
 	t              *testing.T
 	at             *host
 	cmd            *agent.Cmd
-	stdout, stderr *output
+	stdout, stderr *guest.Output
 	ended          chan struct{}
 	err            error
 }
@@ -259,7 +259,7 @@ type process struct {
 // start runs vmm in the host and waits for nothing.
 func (h *host) start(args ...string) *process {
 	h.t.Helper()
-	p := &process{t: h.t, at: h, stdout: newOutput(), stderr: newOutput(), ended: make(chan struct{})}
+	p := &process{t: h.t, at: h, stdout: guest.NewOutput(), stderr: guest.NewOutput(), ended: make(chan struct{})}
 	p.cmd = h.Command(h.t.Context(), "/share/vmm", args...)
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
 	if err := p.cmd.Start(); err != nil {
@@ -321,55 +321,13 @@ func (p *process) kill() {
 }
 
 // await waits until an output matches a regular expression.
-func (p *process) await(o *output, text string) {
+func (p *process) await(o *guest.Output, text string) {
 	p.t.Helper()
-	want := regexp.MustCompile(text)
-	late := time.NewTimer(startTime)
-	defer late.Stop()
-	for {
-		have, changed := o.state()
-		if want.MatchString(have) {
-			return
-		}
-		select {
-		case <-changed:
-		case <-p.ended:
-			if have, _ := o.state(); want.MatchString(have) {
-				return
-			}
-			p.t.Fatalf("%v ended with %v and without %q\n%s\n%s", p.cmd.Args, p.err, text, p.stderr, tail(p.stdout.String()))
-		case <-late.C:
-			p.t.Fatalf("%v: no %q after %v\n%s\n%s", p.cmd.Args, text, startTime, p.stderr, tail(p.stdout.String()))
-		}
+	ctx, cancel := context.WithTimeout(p.t.Context(), startTime)
+	defer cancel()
+	if err := o.Wait(ctx, p.ended, regexp.MustCompile(text).MatchString); err != nil {
+		p.t.Fatalf("%v (%s) has not written %q: %v\n%s\n%s", p.cmd.Args, p.status(), text, err, p.stderr, tail(p.stdout.String()))
 	}
-}
-
-// output gathers what a process writes.
-type output struct {
-	mu      sync.Mutex
-	buf     bytes.Buffer
-	changed chan struct{} // closed and replaced by each write
-}
-
-func newOutput() *output { return &output{changed: make(chan struct{})} }
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	close(o.changed)
-	o.changed = make(chan struct{})
-	return o.buf.Write(p)
-}
-
-func (o *output) state() (string, <-chan struct{}) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String(), o.changed
-}
-
-func (o *output) String() string {
-	s, _ := o.state()
-	return s
 }
 
 func tail(s string) string {
@@ -414,15 +372,23 @@ func (v *vm) dial() {
 }
 
 // in runs a script in the guest, which must succeed.
-func (v *vm) in(script string) string {
+func (v *vm) in(script string) (out string) {
+	v.t.Helper()
+	v.ask(func(ctx context.Context) (err error) {
+		out, err = v.agent.Must(ctx, script)
+		return err
+	})
+	return out
+}
+
+// ask asks something of the guest, which must succeed in time.
+func (v *vm) ask(f func(context.Context) error) {
 	v.t.Helper()
 	ctx, cancel := context.WithTimeout(v.t.Context(), startTime)
 	defer cancel()
-	out, err := v.agent.Must(ctx, script)
-	if err != nil {
+	if err := f(ctx); err != nil {
 		v.t.Fatalf("in the guest: %v", err)
 	}
-	return out
 }
 
 // poweroff powers the guest off from inside; vmm must end with 0.
@@ -530,7 +496,7 @@ while test -e /run/intruder; do
 	case $out in *[Rr]eservation\ [Cc]onflict*) echo refused ;; esac
 	sleep 0.1
 done`
-	out := newOutput()
+	out := guest.NewOutput()
 	cmd := p.one.Command(t.Context(), "sh", "-c", fmt.Sprintf(script, p.third.SG))
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
@@ -550,43 +516,35 @@ done`
 	}
 }
 
-// write has the guest write its disk and its memory and check both (package
-// guest, churn) until stopWriting, past the block that the intruder aims at.
-func (v *vm) write() {
+// churn has the guest write its disk and its memory and check both (package
+// guest) until stopChurn, past the block that the intruder aims at.
+func (v *vm) churn() {
 	v.t.Helper()
-	v.in("churn -memory 4194304 -offset 16777216 -rest 100ms -count /tmp/count /dev/sda >/tmp/churn 2>&1 & echo $! >/tmp/churn.pid; while ! test -s /tmp/count -o -s /tmp/churn; do sleep 0.1; done")
-	v.written()
+	v.ask(func(ctx context.Context) error {
+		return v.agent.Churn(ctx, "-memory 4194304 -offset 16777216 -rest 100ms /dev/sda")
+	})
 }
 
-// written is how often it has written the disk, all of which was as it must be.
-func (v *vm) written() int {
+// churned is how often it has written them, all of which was as it must be.
+func (v *vm) churned() (n guest.Churned) {
 	v.t.Helper()
-	var n int
-	out := v.in("cat /tmp/churn /tmp/count")
-	if _, err := fmt.Sscan(out, &n); err != nil {
-		v.t.Fatalf("in the guest: churn: %s", out)
-	}
+	v.ask(func(ctx context.Context) (err error) {
+		n, err = v.agent.Churned(ctx)
+		return err
+	})
 	return n
 }
 
-// writesOn waits until it has written again since.
-func (v *vm) writesOn(since int) {
+// churnsOn waits until it has written them again since.
+func (v *vm) churnsOn(since guest.Churned) {
 	v.t.Helper()
-	v.in(fmt.Sprintf("while read n rest </tmp/count; ! test -s /tmp/churn && ! test $n -gt %d; do sleep 0.1; done", since))
-	v.written()
+	v.ask(func(ctx context.Context) error { return v.agent.ChurnsOn(ctx, since) })
 }
 
-func (v *vm) stopWriting() {
+func (v *vm) stopChurn() {
 	v.t.Helper()
-	v.written()
-	v.endWriting()
-}
-
-// endWriting is stopWriting where the writer may have found that its disk is
-// not as it should be.
-func (v *vm) endWriting() {
-	v.t.Helper()
-	v.in("kill $(cat /tmp/churn.pid) 2>/dev/null; rm -f /tmp/count")
+	v.ask(v.agent.StopChurn)
+	v.churned()
 }
 
 // watch notes what happens to a guest of h until stop, which returns the states
@@ -597,25 +555,17 @@ func (h *host) watch(name string) (stop func() (states []string)) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	out := newOutput()
+	out := guest.NewOutput()
 	cmd := h.Command(h.t.Context(), "/share/"+filepath.Base(self), "watch", name)
 	cmd.Stdout = out
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
 	}
 	await := func(count int, state string) {
-		late := time.NewTimer(startTime)
-		defer late.Stop()
-		for {
-			have, changed := out.state()
-			if strings.Count(have, state) >= count {
-				return
-			}
-			select {
-			case <-changed:
-			case <-late.C:
-				h.t.Fatalf("host %s: guest %s was %q; want %s", h.name, name, have, state)
-			}
+		ctx, cancel := context.WithTimeout(h.t.Context(), startTime)
+		defer cancel()
+		if err := out.Wait(ctx, nil, func(have string) bool { return strings.Count(have, state) >= count }); err != nil {
+			h.t.Fatalf("host %s: guest %s was %q; want %s: %v", h.name, name, out, state, err)
 		}
 	}
 	await(1, "running")

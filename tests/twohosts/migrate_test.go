@@ -95,14 +95,14 @@ func TestTwoHosts(t *testing.T) {
 		}
 		v.reserve(typ)
 		p.wantReserved(from, typ)
-		v.write()
-		before := v.written()
+		v.churn()
+		before := v.churned()
 		stop := p.intruder()
 		w := receive(to, "--tls-dir", tlsDir)
 		m := migrate(from, to, "--tls-dir", tlsDir)
 		for n := 1; n < attempts && m.late(); n++ {
 			p.wantReserved(from, typ)
-			v.writesOn(v.written())
+			v.churnsOn(v.churned())
 			m = migrate(from, to, "--tls-dir", tlsDir)
 		}
 		if status := m.wait(); status != 0 {
@@ -121,8 +121,8 @@ func TestTwoHosts(t *testing.T) {
 		if got := v.in("cat /proc/sys/kernel/random/boot_id"); got != bootID {
 			t.Errorf("boot id %s at the destination; want the guest's, %s", got, bootID)
 		}
-		v.writesOn(before)
-		v.stopWriting()
+		v.churnsOn(before)
+		v.stopChurn()
 		v.unregister()
 	}
 	v.reserve(5)
@@ -141,7 +141,7 @@ func refused(t *testing.T, p *pair, v *vm, ca *authority) {
 	other.equip(p.two, "/etc/vmm/stranger", p.two.address)
 	ca.equip(p.two, "/etc/vmm/misnamed", "10.2.0.99")
 	want := p.one.sh("sg_persist -n -i -s " + p.third.SG + " | grep -v generation")
-	v.write()
+	v.churn()
 	stop := p.one.watch("web1")
 	for _, test := range []struct {
 		name, dir string
@@ -156,7 +156,7 @@ func refused(t *testing.T, p *pair, v *vm, ca *authority) {
 			if test.setUp != "" {
 				p.two.sh(test.setUp)
 			}
-			before := v.written()
+			before := v.churned()
 			w := receive(p.two, "--tls-dir", test.dir)
 			m := migrate(p.one, p.two, "--tls-dir", tlsDir)
 			for n := 1; n < attempts && m.late(); n++ {
@@ -173,10 +173,10 @@ func refused(t *testing.T, p *pair, v *vm, ca *authority) {
 			if got := p.one.sh("sg_persist -n -i -s " + p.third.SG + " | grep -v generation"); got != want {
 				t.Errorf("READ FULL STATUS shows\n%s\nwant what it was:\n%s", got, want)
 			}
-			v.writesOn(before)
+			v.churnsOn(before)
 		})
 	}
-	v.stopWriting()
+	v.stopChurn()
 	if states := stop(); len(states) != 1 {
 		t.Errorf("meanwhile the guest was %v; want it never to have stood still", states)
 	}
