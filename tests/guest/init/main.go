@@ -70,6 +70,10 @@ func setUp() {
 	report(unix.Sethostname([]byte("guest")))
 	// A synchronous scan: the disks are there when the driver has been loaded.
 	report(pid1.LoadModules(cmdline, map[string]string{"scsi_mod": "scan=sync"}))
+	// The boot was quiet; from here on the console has all that the kernel says,
+	// and it says early where a task stands that does not go on.
+	report(os.WriteFile("/proc/sys/kernel/printk", []byte("8"), 0))
+	report(os.WriteFile("/proc/sys/kernel/hung_task_timeout_secs", []byte("60"), 0))
 	pid1.Log("guest: ready uptime=%s", uptime())
 }
 
