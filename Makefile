@@ -40,7 +40,7 @@ test: check ## every test: check, fuzzers for 10 s each, the search, the lab, gu
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS) $(TEST_NEEDS))
 	@./scripts/fuzz 10s
 	go test ./scsi/pr -run 'TestSearch$$|TestKill' -timeout 20m -args -search ci
-	VMM_TEST_LAB=1 go test -short -p 1 -timeout 20m ./tests/lab ./tests/guest
+	VMM_TEST_LAB=1 go test -short -timeout 20m ./tests/lab ./tests/guest
 	@./scripts/guests test
 	@echo "make test: all passed"
 

@@ -43,7 +43,7 @@ import (
 type Config struct {
 	Name   string         // its host name; "lab" if empty
 	Memory int64          // bytes; 4 GiB if 0
-	CPUs   int            // 2 if 0
+	CPUs   int            // 1 if 0: under more, emulated, a guest now and then ends in a triple fault
 	Kernel *kernel.Kernel // Debian's generic kernel if nil; needs kvm_amd, LIO and 9p as modules
 
 	// Share is a directory of the outer machine that the host has as /share,
@@ -246,7 +246,7 @@ func (cfg *Config) arguments(image string, port *os.File) ([]string, []*os.File,
 		memory = 4 << 30
 	}
 	if cpus == 0 {
-		cpus = 2
+		cpus = 1
 	}
 	if name == "" {
 		name = "lab"

@@ -162,8 +162,8 @@ func TestCable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	one := start(t, Config{Name: "one", Memory: 1 << 30, CPUs: 1, NICs: []NIC{{a, "10.9.0.1/24"}}})
-	two := start(t, Config{Name: "two", Memory: 1 << 30, CPUs: 1, NICs: []NIC{{b, "10.9.0.2/24"}}})
+	one := start(t, Config{Name: "one", Memory: 1 << 30, NICs: []NIC{{a, "10.9.0.1/24"}}})
+	two := start(t, Config{Name: "two", Memory: 1 << 30, NICs: []NIC{{b, "10.9.0.2/24"}}})
 	server := one.Command(t.Context(), "nc", "-l", "-p", "7000", "-w", "120")
 	var got bytes.Buffer
 	server.Stdout = &got
@@ -222,7 +222,7 @@ func TestPanicIsReported(t *testing.T) {
 	needLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), startTime)
 	defer cancel()
-	h, err := Start(ctx, Config{Memory: 1 << 30, CPUs: 1})
+	h, err := Start(ctx, Config{Memory: 1 << 30})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -240,7 +240,7 @@ func TestStartFails(t *testing.T) {
 	// An initramfs without our init: the kernel panics.
 	ctx, cancel := context.WithTimeout(t.Context(), startTime)
 	defer cancel()
-	_, err := Start(ctx, Config{Memory: 1 << 30, CPUs: 1, Cmdline: "rdinit=/no/such/init root=/dev/none"})
+	_, err := Start(ctx, Config{Memory: 1 << 30, Cmdline: "rdinit=/no/such/init root=/dev/none"})
 	if err == nil || !strings.Contains(err.Error(), "Kernel panic - not syncing") {
 		t.Errorf("Start of a host without init = %v; want the kernel's panic", err)
 	}

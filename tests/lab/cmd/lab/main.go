@@ -65,7 +65,7 @@ func command() *cobra.Command {
 	hostFlags := func(c *cobra.Command) {
 		f := c.Flags()
 		f.StringVar(&o.memory, "memory", "4G", "the host's memory")
-		f.IntVar(&o.cpus, "cpus", 2, "the host's processors")
+		f.IntVar(&o.cpus, "cpus", 1, "the host's processors; under more than one a guest now and then ends in a triple fault")
 		f.StringVar(&o.share, "share", "", "directory of this machine that the host has as /share, writable")
 		f.BoolVar(&o.hostRoot, "host-root", false, "give the host this machine's / read-only as /outer; \"outer PROGRAM\" runs a program of it")
 		f.StringArrayVar(&o.env, "env", nil, "K=V for the command's environment")
