@@ -224,12 +224,12 @@ func (c *Config) normalize() error {
 			l.ID = fmt.Sprintf("lun%d", l.Target)
 		}
 		if other, taken := targets[l.Target]; taken {
-			return fmt.Errorf("LUNs %s and %s have the same target %d: give one another target=", other, l.ID, l.Target)
+			return fmt.Errorf("LUNs %s and %s have the same target %d: give one another target=", other, l.Path, l.Target)
 		}
 		if ids[l.ID] {
 			return fmt.Errorf("two LUNs have the id %s: give one another id=", l.ID)
 		}
-		targets[l.Target], ids[l.ID] = l.ID, true
+		targets[l.Target], ids[l.ID] = l.Path, true
 		if l.Timeout == 0 {
 			l.Timeout = DefaultTimeout
 		}

@@ -75,12 +75,12 @@ func TestNormalize(t *testing.T) {
 		t.Errorf("LUNs are %+v", c.LUNs)
 	}
 	for name, change := range map[string]func(*Config){
-		"give 1 to 8": func(c *Config) { c.CPUs = 9 },
-		"0 vCPUs":     func(c *Config) { c.CPUs = 0 },
-		"too little":  func(c *Config) { c.Memory = 0 },
-		"no multiple": func(c *Config) { c.Memory = 256<<20 + 1 },
-		"CPU model":   func(c *Config) { c.CPU = "486" },
-		"same target": func(c *Config) { c.LUNs = []LUNConfig{{Path: "a", Target: 1}, {Path: "b", Target: -1}} },
+		"give 1 to 8":                         func(c *Config) { c.CPUs = 9 },
+		"0 vCPUs":                             func(c *Config) { c.CPUs = 0 },
+		"too little":                          func(c *Config) { c.Memory = 0 },
+		"no multiple":                         func(c *Config) { c.Memory = 256<<20 + 1 },
+		"CPU model":                           func(c *Config) { c.CPU = "486" },
+		"LUNs a and b have the same target 1": func(c *Config) { c.LUNs = []LUNConfig{{Path: "a", Target: 1}, {Path: "b", Target: -1}} },
 		"two LUNs have the": func(c *Config) {
 			c.LUNs = []LUNConfig{{Path: "a", ID: "x", Target: -1}, {Path: "b", ID: "x", Target: -1}}
 		},
