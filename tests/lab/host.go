@@ -49,6 +49,9 @@ type Config struct {
 	// Share is a directory of the outer machine that the host has as /share,
 	// writable; none if empty.
 	Share string
+	// Programs are files of Share that the host has in its memory: through
+	// /share it reads each page of a program's code when it comes to run.
+	Programs []string
 	// HostRoot gives the host the outer machine's root directory, read-only, as
 	// /outer, with /dev, /proc, /sys, /run and /tmp of the host and /share as
 	// /mnt, ready for "outer PROGRAM" (chroot /outer PROGRAM).
@@ -211,8 +214,21 @@ func Start(ctx context.Context, cfg Config) (_ *Host, err error) {
 		return nil, fmt.Errorf("lab: host did not start: %w\n%s", err, h.post())
 	}
 	go h.nudge()
+	if len(cfg.Programs) > 0 {
+		if err := h.Command(ctx, "sh", append([]string{"-ec", holdPrograms, "sh"}, cfg.Programs...)...).Run(); err != nil {
+			h.Kill()
+			return nil, fmt.Errorf("lab: programs of %s: %w", cfg.Share, err)
+		}
+	}
 	return h, nil
 }
+
+// holdPrograms puts a copy in memory in the place of each file.
+const holdPrograms = `mkdir -p /run/share
+for f; do
+	cp "/share/$f" "/run/share/$f"
+	mount --bind "/run/share/$f" "/share/$f"
+done`
 
 // nudge interrupts the host once a second. QEMU's VMRUN sets a bit of the
 // processor's pending interrupts without its lock (helper_vmrun, at least up to

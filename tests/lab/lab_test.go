@@ -67,7 +67,10 @@ func TestHost(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(share, "in"), []byte("from outside"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	h := start(t, Config{Name: "alpha", Memory: 2 << 30, CPUs: 2, Share: share, HostRoot: true})
+	if err := os.WriteFile(filepath.Join(share, "hello"), []byte("#!/bin/sh\necho hello\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h := start(t, Config{Name: "alpha", Memory: 2 << 30, CPUs: 2, Share: share, Programs: []string{"hello"}, HostRoot: true})
 	k, err := kernel.Find(t.Context(), kernel.Generic)
 	if err != nil {
 		t.Fatal(err)
@@ -79,6 +82,7 @@ func TestHost(t *testing.T) {
 		{"mount | grep -c -E ' (/proc|/sys|/dev|/sys/kernel/config|/sys/kernel/debug|/share|/outer) '", "7"},
 		{"outer cat /etc/debian_version", strings.TrimSpace(read(t, "/etc/debian_version"))},
 		{"outer cat /mnt/in", "from outside"},
+		{"/share/hello; df /share/hello | grep -c 9p || true", "hello\n0"},
 		{"touch /outer/etc/x 2>/dev/null || echo refused", "refused"},
 		{"lsmod | grep -c -E '^(tcm_loop|target_core_file|kvm_amd|sd_mod|sg) '", "5"},
 		{"ip -4 -o addr show lo | grep -c 127.0.0.1", "1"},

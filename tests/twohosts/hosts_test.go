@@ -161,7 +161,7 @@ func startPair(t *testing.T) *pair {
 		defer cancel()
 		var err error
 		h.Host, err = lab.Start(ctx, lab.Config{
-			Name: name, Memory: memory, Share: stage, Initiator: true, QEMU: []string{"-cpu", processor},
+			Name: name, Memory: memory, Share: stage, Programs: []string{"vmm"}, Initiator: true, QEMU: []string{"-cpu", processor},
 			NICs: []lab.NIC{{End: storage, Address: fmt.Sprintf("10.1.0.%d/24", number)}, {End: move, Address: h.address + "/24"}},
 		})
 		if err != nil {

@@ -45,6 +45,7 @@ func main() {
 type options struct {
 	memory   string
 	cpus     int
+	programs []string
 	share    string
 	hostRoot bool
 	deadline time.Duration
@@ -67,6 +68,7 @@ func command() *cobra.Command {
 		f.StringVar(&o.memory, "memory", "4G", "the host's memory")
 		f.IntVar(&o.cpus, "cpus", 1, "the host's processors; under more than one a guest now and then ends in a triple fault")
 		f.StringVar(&o.share, "share", "", "directory of this machine that the host has as /share, writable")
+		f.StringArrayVar(&o.programs, "program", nil, "file of the shared directory that the host has in its memory (repeatable)")
 		f.BoolVar(&o.hostRoot, "host-root", false, "give the host this machine's / read-only as /outer; \"outer PROGRAM\" runs a program of it")
 		f.StringArrayVar(&o.env, "env", nil, "K=V for the command's environment")
 		f.StringVar(&o.dir, "dir", "", "the command's working directory")
@@ -158,7 +160,7 @@ func (o *options) run(ctx context.Context, args []string, interactive bool) (err
 	if err != nil {
 		return err
 	}
-	cfg := lab.Config{Memory: memory, CPUs: o.cpus, Share: o.share, HostRoot: o.hostRoot, Cmdline: o.cmdline}
+	cfg := lab.Config{Memory: memory, CPUs: o.cpus, Share: o.share, Programs: o.programs, HostRoot: o.hostRoot, Cmdline: o.cmdline}
 	if o.verbose {
 		cfg.Console = os.Stderr
 	}
