@@ -10,6 +10,7 @@ import (
 	"os"
 	"time"
 
+	"vmm/internal/sys"
 	"vmm/memory"
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
@@ -184,6 +185,7 @@ func (o *Outgoing) migrate() error {
 	if err := o.refuse(); err != nil {
 		return err
 	}
+	go populate()
 	move := o.copy
 	if o.opts.Local {
 		move = o.switchLocal
@@ -195,6 +197,10 @@ func (o *Outgoing) migrate() error {
 	}
 	return nil
 }
+
+// populate has the monitor's code in memory before the guest stops: most of what
+// then runs has not run before. It is a help, so a failure is none.
+func populate() { _ = sys.PopulateProgram() }
 
 // refuse is what can be said without asking the destination.
 func (o *Outgoing) refuse() error {
