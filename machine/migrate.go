@@ -2,6 +2,7 @@ package machine
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"vmm/internal/sys"
 	"vmm/memory"
@@ -327,7 +330,7 @@ func (r *Reception) Prepare(ctx context.Context, offer migration.Offer) (_ migra
 	a := &Arrival{here: offer.Memory != nil, arrived: r.Arrived, done: make(chan struct{})}
 	in := Incoming{Requirements: offer.Requirements, Memory: offer.Memory}
 	for _, f := range offer.Attachments {
-		image, err := a.expect(f, cfg)
+		image, err := a.expect(ctx, f, cfg, offer.Saved)
 		if err != nil {
 			a.drop()
 			return nil, err
@@ -430,16 +433,17 @@ type Arrival struct {
 
 var _ migration.Destination = (*Arrival)(nil)
 
-// attached is a file that comes with the guest: kept in memory, as nobody has
-// said where else.
+// attached is a file that goes with the guest: this host's own, or kept in
+// memory, as nobody has said where else.
 type attached struct {
 	file *os.File
+	have bool  // it is this host's, and complete
 	at   int64 // bytes that have come
 }
 
-// expect makes room for a file. More than the guest's memory would never have
-// booted.
-func (a *Arrival) expect(f migration.Attachment, cfg Config) (*Image, error) {
+// expect finds a file where the guest's first host had it, or makes room for it.
+// More than the guest's memory would never have booted.
+func (a *Arrival) expect(ctx context.Context, f migration.Attachment, cfg Config, saved bool) (*Image, error) {
 	if f.Size <= 0 || uint64(f.Size) > cfg.Memory {
 		return nil, fmt.Errorf("the source sends a %s of %d bytes for a guest with %d bytes of memory", f.Name, f.Size, cfg.Memory)
 	}
@@ -447,12 +451,49 @@ func (a *Arrival) expect(f migration.Attachment, cfg Config) (*Image, error) {
 	if f.Name == attachedInitrd {
 		name = cfg.Initrd
 	}
-	file, err := sys.MemFD("vmm-"+f.Name, f.Size)
-	if err != nil {
-		return nil, err
+	var file *os.File
+	if !saved { // a snapshot has the file right here
+		file = find(ctx, name, f)
 	}
-	a.files = append(a.files, &attached{file: file})
+	have := file != nil
+	if !have {
+		var err error
+		if file, err = sys.MemFD("vmm-"+f.Name, f.Size); err != nil {
+			return nil, err
+		}
+	}
+	a.files = append(a.files, &attached{file: file, have: have})
 	return &Image{Name: name, Size: f.Size, SHA256: f.SHA256, Data: file}, nil
+}
+
+// find opens the file at path if it is the one that is offered, or returns nil.
+// The path comes from a peer: nothing but a regular file of that size is read.
+func find(ctx context.Context, path string, want migration.Attachment) *os.File {
+	if !filepath.IsAbs(path) {
+		return nil
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil
+	}
+	same := func() bool {
+		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() != want.Size {
+			return false
+		}
+		hash, in := sha256.New(), io.NewSectionReader(f, 0, want.Size)
+		for ctx.Err() == nil {
+			const piece = 4 << 20
+			if _, err := io.CopyN(hash, in, piece); err != nil {
+				return errors.Is(err, io.EOF) && [sha256.Size]byte(hash.Sum(nil)) == want.SHA256
+			}
+		}
+		return false
+	}
+	if !same() {
+		f.Close()
+		return nil
+	}
+	return f
 }
 
 // drop closes the files of a machine that was not built.
@@ -470,6 +511,9 @@ func (a *Arrival) RAM() *memory.RAM { return a.m.ram }
 
 // LUNs are in the order of the offer.
 func (a *Arrival) LUNs() []*migration.LUN { return a.luns }
+
+// Has implements migration.Destination.
+func (a *Arrival) Has(i int) bool { return a.files[i].have }
 
 // Attach implements migration.Destination.
 func (a *Arrival) Attach(i int, data []byte) error {

@@ -1,8 +1,11 @@
 package machine
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -146,6 +149,47 @@ func TestGuestMigrates(t *testing.T) {
 	}
 	if err := stop(); err != nil {
 		t.Errorf("the source's Run() = %v; want nil", err)
+	}
+}
+
+// A file that goes with the guest is the destination's own if it is the same.
+func TestFind(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	content := bytes.Repeat([]byte("0123456789abcdef"), 600_000) // three pieces
+	want := migration.Attachment{Name: "kernel", Size: int64(len(content)), SHA256: sha256.Sum256(content)}
+	other := bytes.Clone(content)
+	other[len(other)-1]++
+	for name, data := range map[string][]byte{"same": content, "other": other, "longer": append(other, 0), "shorter": content[1:]} {
+		if err := os.WriteFile(path(name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink("same", path("link")), unix.Mkfifo(path("fifo"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	for name, has := range map[string]bool{
+		path("same"): true, path("link"): true,
+		path("other"): false, path("longer"): false, path("shorter"): false,
+		path("missing"): false, path("fifo"): false, dir: false, "same": false, "": false,
+	} {
+		f := find(t.Context(), name, want)
+		if (f != nil) != has {
+			t.Errorf("find(%q) = %v; want it found: %v", name, f, has)
+		}
+		if f == nil {
+			continue
+		}
+		if data, err := io.ReadAll(f); err != nil || !bytes.Equal(data, content) {
+			t.Errorf("find(%q) has %d bytes, %v", name, len(data), err)
+		}
+		f.Close()
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if f := find(ended, path("same"), want); f != nil {
+		t.Errorf("find() = %v after the end of its context", f)
 	}
 }
 

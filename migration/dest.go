@@ -49,6 +49,7 @@ type arrival struct {
 
 // file is an attachment that arrives.
 type file struct {
+	have bool // it is on this host already
 	name string
 	left uint64 // bytes that are still to come
 	want [sha256.Size]byte
@@ -112,7 +113,13 @@ func (a *arrival) offer(ctx context.Context, m *vmmv1.StreamMessage) error {
 		}
 		return err
 	}
-	return a.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Welcome{Welcome: &vmmv1.Welcome{Version: version, Luns: found}}})
+	welcome := &vmmv1.Welcome{Version: version, Luns: found}
+	for i, f := range a.files {
+		if f.have {
+			welcome.Have = append(welcome.Have, uint32(i))
+		}
+	}
+	return a.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Welcome{Welcome: welcome}})
 }
 
 // features are those that a source may ask for.
@@ -172,6 +179,9 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 			offer.Memory.Close()
 		}
 		return err
+	}
+	for i, f := range a.files {
+		f.have = a.machine.Has(i)
 	}
 	a.luns = a.machine.LUNs()
 	if len(a.luns) != len(h.Luns) {
@@ -692,6 +702,9 @@ func (a *arrival) receive(m *vmmv1.StreamMessage) error {
 // attached checks that the attachments are complete, and what was offered.
 func (a *arrival) attached() error {
 	for _, f := range a.files {
+		if f.have {
+			continue
+		}
 		if f.left > 0 {
 			return errProtocol("attachment %s lacks %d bytes", f.name, f.left)
 		}
@@ -712,6 +725,9 @@ func (a *arrival) attach(c *vmmv1.AttachmentChunk) error {
 	}
 	f.left -= uint64(len(c.Data))
 	a.bytes.Add(uint64(len(c.Data)))
+	if f.have { // the source is older than Welcome.have
+		return nil
+	}
 	f.hash.Write(c.Data)
 	if err := a.machine.Attach(int(c.Attachment), c.Data); err != nil {
 		return fmt.Errorf("attachment %s: %w", f.name, err)

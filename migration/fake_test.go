@@ -47,6 +47,7 @@ type fakeSource struct {
 	stuck    bool // a SCSI command does not come back
 	failing  error
 	inPause  func()
+	inFiles  func()
 	inSettle func(context.Context) error
 	settles  int
 	busy     func() // what the guest does while a round is sent
@@ -103,7 +104,12 @@ func (s *fakeSource) Requirements() *vmmv1.Requirements {
 }
 func (s *fakeSource) RAM() *memory.RAM          { return s.ram }
 func (s *fakeSource) LUNs() []*LUN              { return s.luns }
-func (s *fakeSource) Attachments() []Attachment { return s.files }
+func (s *fakeSource) Attachments() []Attachment {
+	if s.inFiles != nil {
+		s.inFiles()
+	}
+	return s.files
+}
 
 func (s *fakeSource) TrackDirty() (DirtyLog, error) {
 	s.mu.Lock()
@@ -226,6 +232,7 @@ type fakeHost struct {
 	offered func(Offer) // in Prepare
 	loadErr error
 	runErr  error
+	has     map[int]bool // the attachments that are here already
 
 	mu   sync.Mutex
 	last *fakeDest
@@ -275,6 +282,7 @@ func (h *fakeHost) dest() *fakeDest {
 
 func (d *fakeDest) RAM() *memory.RAM { return d.ram }
 func (d *fakeDest) LUNs() []*LUN     { return d.h.luns }
+func (d *fakeDest) Has(i int) bool { return d.h.has[i] }
 func (d *fakeDest) Attach(i int, data []byte) error {
 	d.files[i].Write(data)
 	return nil

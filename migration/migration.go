@@ -150,7 +150,10 @@ type Destination interface {
 	RAM() *memory.RAM
 	// LUNs are in the order of the offer.
 	LUNs() []*LUN
-	// Attach appends data to the attachment with this place in the offer, never
+	// Has says that this host has the attachment with this place in the offer,
+	// with the size and the digest of the offer: it need not come.
+	Has(attachment int) bool
+	// Attach appends data to an attachment that this host does not have, never
 	// beyond the size in the offer. All are complete, and have the digests of
 	// the offer, before Load.
 	Attach(attachment int, data []byte) error

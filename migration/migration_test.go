@@ -87,6 +87,35 @@ func attachment(name string, data []byte) Attachment {
 	return Attachment{Name: name, Size: int64(len(data)), SHA256: sha256.Sum256(data), Data: bytes.NewReader(data)}
 }
 
+// What the destination's host has already does not come, and is not spoilt by a
+// source that sends it all the same, as one that is older would.
+func TestAttachmentThatIsThere(t *testing.T) {
+	kernel, initrd := attachment("kernel", bytes.Repeat([]byte("kernel"), 100_000)), attachment("initrd", []byte("initrd"))
+	for _, older := range []bool{false, true} {
+		r := newRig(t, 1<<20)
+		r.src.files, r.host.has = []Attachment{kernel, initrd}, map[int]bool{0: true}
+		if !older {
+			r.src.files[0].Data = strings.NewReader("") // not to be read
+		}
+		arrived := r.receiving()
+		o := r.outgoing()
+		if older {
+			r.src.inFiles = func() {
+				if o.welcome != nil {
+					o.welcome.Have = nil
+				}
+			}
+		}
+		if _, err := o.Run(t.Context()); err != nil {
+			t.Fatalf("an older source: %v: %v", older, err)
+		}
+		d := (<-arrived).Machine.(*fakeDest)
+		if d.files[0].Len() != 0 || d.files[1].String() != "initrd" {
+			t.Errorf("an older source: %v: %d bytes of the kernel that is there, and %q of the initrd", older, d.files[0].Len(), &d.files[1])
+		}
+	}
+}
+
 // slowReader is a file on a slow disk, or behind a slow link.
 type slowReader struct {
 	io.ReaderAt

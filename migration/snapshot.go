@@ -208,7 +208,7 @@ func (s *saving) begin() (stop func(), err error) {
 	for i := range sums {
 		sums[i] = sha256.New()
 	}
-	err = sendAttachments(files, func(m *vmmv1.StreamMessage) error {
+	err = sendAttachments(files, nil, func(m *vmmv1.StreamMessage) error {
 		c := m.GetAttachment()
 		sums[c.Attachment].Write(c.Data)
 		return s.message(m)

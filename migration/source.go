@@ -8,6 +8,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"vmm/internal/sys"
@@ -304,7 +305,7 @@ func (o *Outgoing) pairs(offered []*vmmv1.HostLun) error {
 
 // attach sends the files that move with the guest.
 func (o *Outgoing) attach() error {
-	return sendAttachments(o.src.Attachments(), func(m *vmmv1.StreamMessage) error {
+	return sendAttachments(o.src.Attachments(), o.welcome.GetHave(), func(m *vmmv1.StreamMessage) error {
 		if err := o.send(m); err != nil {
 			return err
 		}
@@ -312,13 +313,17 @@ func (o *Outgoing) attach() error {
 	})
 }
 
-// sendAttachments has files sent in pieces. The data of a message is good until
+// sendAttachments has files sent in pieces, but not those whose places are in
+// there, the list of what is there already. The data of a message is good until
 // send returns. Whether a file is still what it was, the receiver tells by its
 // digest.
-func sendAttachments(files []Attachment, send func(*vmmv1.StreamMessage) error) error {
+func sendAttachments(files []Attachment, there []uint32, send func(*vmmv1.StreamMessage) error) error {
 	const chunk = 256 << 10
 	buf := make([]byte, chunk)
 	for i, a := range files {
+		if slices.Contains(there, uint32(i)) {
+			continue
+		}
 		for at := int64(0); at < a.Size; at += chunk {
 			data := buf[:min(chunk, a.Size-at)]
 			if n, err := a.Data.ReadAt(data, at); n < len(data) {

@@ -900,7 +900,10 @@ type Welcome struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Version uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	// Luns in the order of the offer.
-	Luns          []*HostLun `protobuf:"bytes,2,rep,name=luns,proto3" json:"luns,omitempty"`
+	Luns []*HostLun `protobuf:"bytes,2,rep,name=luns,proto3" json:"luns,omitempty"`
+	// Have are the attachments, by their places in the offer, that the
+	// destination's host has already: the source need not send them.
+	Have          []uint32 `protobuf:"varint,3,rep,packed,name=have,proto3" json:"have,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -945,6 +948,13 @@ func (x *Welcome) GetVersion() uint32 {
 func (x *Welcome) GetLuns() []*HostLun {
 	if x != nil {
 		return x.Luns
+	}
+	return nil
+}
+
+func (x *Welcome) GetHave() []uint32 {
+	if x != nil {
+		return x.Have
 	}
 	return nil
 }
@@ -1853,10 +1863,11 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	" \x01(\x06R\x03key\x12\x12\n" +
 	"\x04spc2\x18\v \x01(\bR\x04spc2\x12\x14\n" +
 	"\x05nonce\x18\f \x01(\fR\x05nonce\x12\x12\n" +
-	"\x04held\x18\r \x01(\rR\x04held\"H\n" +
+	"\x04held\x18\r \x01(\rR\x04held\"\\\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12#\n" +
-	"\x04luns\x18\x02 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\"!\n" +
+	"\x04luns\x18\x02 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\x12\x12\n" +
+	"\x04have\x18\x03 \x03(\rR\x04have\"!\n" +
 	"\aRefused\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"h\n" +
 	"\bProgress\x12\x14\n" +
