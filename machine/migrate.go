@@ -466,9 +466,27 @@ func (a *Arrival) expect(ctx context.Context, f migration.Attachment, cfg Config
 	return &Image{Name: name, Size: f.Size, SHA256: f.SHA256, Data: file}, nil
 }
 
-// find opens the file at path if it is the one that is offered, or returns nil.
-// The path comes from a peer: nothing but a regular file of that size is read.
+// find opens the file at path if it is the one that is offered, or returns nil;
+// at the end of ctx, too, as the path may lead to a server that does not answer.
 func find(ctx context.Context, path string, want migration.Attachment) *os.File {
+	found := make(chan *os.File, 1)
+	go func() { found <- same(ctx, path, want) }()
+	select {
+	case f := <-found:
+		return f
+	case <-ctx.Done():
+		go func() {
+			if f := <-found; f != nil {
+				f.Close()
+			}
+		}()
+		return nil
+	}
+}
+
+// same is find without a bound in time. The path comes from a peer: nothing but
+// a regular file of that size is read.
+func same(ctx context.Context, path string, want migration.Attachment) *os.File {
 	if !filepath.IsAbs(path) {
 		return nil
 	}
@@ -476,24 +494,18 @@ func find(ctx context.Context, path string, want migration.Attachment) *os.File 
 	if err != nil {
 		return nil
 	}
-	same := func() bool {
-		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() != want.Size {
-			return false
-		}
+	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && info.Size() == want.Size {
 		hash, in := sha256.New(), io.NewSectionReader(f, 0, want.Size)
-		for ctx.Err() == nil {
+		for err == nil && ctx.Err() == nil {
 			const piece = 4 << 20
-			if _, err := io.CopyN(hash, in, piece); err != nil {
-				return errors.Is(err, io.EOF) && [sha256.Size]byte(hash.Sum(nil)) == want.SHA256
-			}
+			_, err = io.CopyN(hash, in, piece)
 		}
-		return false
+		if errors.Is(err, io.EOF) && [sha256.Size]byte(hash.Sum(nil)) == want.SHA256 {
+			return f
+		}
 	}
-	if !same() {
-		f.Close()
-		return nil
-	}
-	return f
+	f.Close()
+	return nil
 }
 
 // drop closes the files of a machine that was not built.
