@@ -292,16 +292,3 @@ func vendor(entries []kvm.CPUIDEntry2) string {
 	}
 	return fmt.Sprintf("%q", b)
 }
-
-// featureName is a feature's flag in /proc/cpuinfo, if it is one that the CPU
-// models know, or its place.
-func featureName(in cpuidReg, bit uint) string {
-	for _, list := range [][]feature{featuresBase, featuresV2, featuresV3, featuresKept, featuresHidden} {
-		for _, f := range list {
-			if f.in == in && f.bit == bit {
-				return f.name
-			}
-		}
-	}
-	return fmt.Sprintf("CPUID %#x.%d E%cX bit %d", in.leaf, in.subleaf, in.reg-'a'+'A', bit)
-}

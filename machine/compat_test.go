@@ -36,12 +36,13 @@ func TestCompareCPUID(t *testing.T) {
 			*register(e, leaf7B) &^= 1 << 5
 			*register(e, leaf1C) &^= 1 << 0
 		}, []string{"sse3", "avx2"}},
-		{"no name for it", nil, func(e []kvm.CPUIDEntry2) { *register(e, leaf7B) &^= 1 << 16 }, []string{"CPUID 0x7.0 EBX bit 16"}},
+		{"no name for it", nil, func(e []kvm.CPUIDEntry2) { *register(e, leaf7B) &^= 1 << 22 }, []string{"CPUID 0x7.0 EBX bit 22"}},
+		{"what no model has", nil, func(e []kvm.CPUIDEntry2) { *register(e, leaf7B) &^= 1<<19 | 1<<16 }, []string{"avx512f", "adx"}},
 		{"a leaf is missing", nil, func(e []kvm.CPUIDEntry2) {
 			e[slices.IndexFunc(e, func(x kvm.CPUIDEntry2) bool { return x.Function == 0xd && x.Index == 1 })].Index = 99
 		},
-			[]string{"CPUID 0xd.1 EAX bit 0", "CPUID 0xd.1 EAX bit 1", "CPUID 0xd.1 EAX bit 2", "CPUID 0xd.1 EAX bit 3"}},
-		{"a paravirtual feature", nil, func(e []kvm.CPUIDEntry2) { *register(e, leafKVM) &^= 1 << 3 }, []string{"CPUID 0x40000001.0 EAX bit 3"}},
+			[]string{"xsaveopt", "xsavec", "xgetbv1", "xsaves"}},
+		{"a paravirtual feature", nil, func(e []kvm.CPUIDEntry2) { *register(e, leafKVM) &^= 1 << 3 }, []string{"kvm_clocksource2"}},
 		{"another vendor", func(e []kvm.CPUIDEntry2) { set(e, cpuidReg{0, 0, 'b'}, 0x756e6547) }, nil,
 			[]string{`a processor of "Genu\x00\x00\x00\x00\x00\x00\x00\x00" (this one is of "\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")`}},
 		{"a component elsewhere", nil, func(e []kvm.CPUIDEntry2) { set(e, cpuidReg{leafXSave, 5, 'b'}, 832) }, []string{"XSAVE component 5 of 64 bytes at 1088"}},
@@ -57,6 +58,40 @@ func TestCompareCPUID(t *testing.T) {
 		}
 		if got := compareCPUID(guest, host); !slices.Equal(got, test.want) {
 			t.Errorf("%s: compareCPUID() = %q; want %q", test.name, got, test.want)
+		}
+	}
+}
+
+// The models' own names, and some that the AMD and Intel manuals put at the end of a
+// register, pin the places of all between them.
+func TestFlags(t *testing.T) {
+	pins := []feature{
+		{"rdrand", leaf1C, 30}, {"pbe", leaf1D, 31}, {"avx512vl", leaf7B, 31}, {"rdpid", leaf7C, 22}, {"pks", leaf7C, 31},
+		{"fsrm", leaf7D, 4}, {"serialize", leaf7D, 14}, {"spec_ctrl_ssbd", leaf7D, 31}, {"lam", cpuidReg{7, 1, 'a'}, 26},
+		{"mwaitx", leafExtC, 29}, {"3dnow", leafExtD, 31}, {"psfd", leafExt8, 28}, {"kvm_clocksource_stable", leafKVM, 24},
+	}
+	for _, list := range [][]feature{featuresBase, featuresV2, featuresV3, featuresKept, featuresHidden, pins} {
+		for _, f := range list {
+			names := strings.Fields(flags[f.in])
+			if f.name == "sse3" {
+				f.name = "pni" // Linux's
+			}
+			if len(names) > 0 && (len(names) <= int(f.bit) || names[f.bit] != f.name) {
+				t.Errorf("%v bit %d is not %s among %q", f.in, f.bit, f.name, names)
+			}
+		}
+	}
+	seen := map[string]bool{"-": false}
+	for in, line := range flags {
+		names := strings.Fields(line)
+		if len(names) > 32 {
+			t.Errorf("%v has %d bits", in, len(names))
+		}
+		for _, name := range names {
+			if seen[name] {
+				t.Errorf("%s is there twice", name)
+			}
+			seen[name] = name != "-"
 		}
 	}
 }

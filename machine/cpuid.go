@@ -44,7 +44,7 @@ var (
 	leafKVM  = cpuidReg{0x4000_0001, 0, 'a'}
 )
 
-// A feature is one CPUID bit. The names are the flags of /proc/cpuinfo.
+// A feature is one CPUID bit. The names are the flags of /proc/cpuinfo but for sse3, which Linux calls pni.
 type feature struct {
 	name string
 	in   cpuidReg
