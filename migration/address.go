@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -179,6 +180,9 @@ func Dialer(a Address, s Security, peer string) (func(context.Context) (net.Conn
 		secure := tls.Client(conn, config)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			conn.Close()
+			if errors.Is(err, io.EOF) {
+				err = errors.New("what listens there closed the connection before it said anything; is it vmm receive, with --tls-dir?")
+			}
 			return nil, fmt.Errorf("connect to %v: %w", a, err)
 		}
 		return secure, nil

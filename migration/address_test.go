@@ -486,3 +486,30 @@ func TestJournal(t *testing.T) {
 		t.Error("a journal that is not there was opened")
 	}
 }
+
+// Something else than a destination may listen there.
+func TestDialStranger(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			// It reads, so that its Close is an end and no reset.
+			_, _ = conn.Read(make([]byte, 16<<10))
+			conn.Close()
+		}
+	}()
+	dial, err := Dialer(Address{"tcp", ln.Addr().String()}, Security{TLS: newAuthority(t).issue(t, "localhost")}, "localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if conn, err := dial(t.Context()); err == nil || !strings.Contains(err.Error(), "is it vmm receive, with --tls-dir?") {
+		t.Errorf("dial = %v, %v; want to hear that something else listens there", conn, err)
+	}
+}

@@ -102,8 +102,8 @@ func (s *fakeSource) Config() *vmmv1.MachineConfig {
 func (s *fakeSource) Requirements() *vmmv1.Requirements {
 	return &vmmv1.Requirements{Hardware: 1, Features: []string{s.cpu}}
 }
-func (s *fakeSource) RAM() *memory.RAM          { return s.ram }
-func (s *fakeSource) LUNs() []*LUN              { return s.luns }
+func (s *fakeSource) RAM() *memory.RAM { return s.ram }
+func (s *fakeSource) LUNs() []*LUN     { return s.luns }
 func (s *fakeSource) Attachments() []Attachment {
 	if s.inFiles != nil {
 		s.inFiles()
@@ -282,7 +282,7 @@ func (h *fakeHost) dest() *fakeDest {
 
 func (d *fakeDest) RAM() *memory.RAM { return d.ram }
 func (d *fakeDest) LUNs() []*LUN     { return d.h.luns }
-func (d *fakeDest) Has(i int) bool { return d.h.has[i] }
+func (d *fakeDest) Has(i int) bool   { return d.h.has[i] }
 func (d *fakeDest) Attach(i int, data []byte) error {
 	d.files[i].Write(data)
 	return nil

@@ -213,8 +213,8 @@ func refusedOthers(t *testing.T, p *pair) {
 		p.two.sh("nc -l -p 4444 >/dev/null </dev/null & while ! netstat -ltn | grep -q :4444; do sleep 0.1; done")
 		stop := p.one.watch("web1")
 		m := p.one.start("migrate", "web1", "tcp://"+p.two.address+":4444", "--tls-dir", tlsDir)
-		if status := m.wait(); status != 1 {
-			t.Errorf("vmm migrate ended with %d, %q; want 1", status, m.stderr)
+		if status := m.wait(); status != 1 || !strings.Contains(m.stderr.String(), "is it vmm receive") {
+			t.Errorf("vmm migrate ended with %d, %q; want 1, and to hear that something else listens there", status, m.stderr)
 		}
 		t.Logf("%s", m.stderr)
 		if states := stop(); len(states) != 1 {
