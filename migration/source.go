@@ -313,10 +313,9 @@ func (o *Outgoing) attach() error {
 	})
 }
 
-// sendAttachments has files sent in pieces, but not those whose places are in
-// there, the list of what is there already. The data of a message is good until
-// send returns. Whether a file is still what it was, the receiver tells by its
-// digest.
+// sendAttachments has files sent in pieces, except those whose places are listed
+// in there: the receiver has them. The data of a message is good until send
+// returns. Whether a file is still what it was, the receiver tells by its digest.
 func sendAttachments(files []Attachment, there []uint32, send func(*vmmv1.StreamMessage) error) error {
 	const chunk = 256 << 10
 	buf := make([]byte, chunk)

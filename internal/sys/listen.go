@@ -19,8 +19,8 @@ import (
 // Between bind(2) and listen(2) a socket refuses connections too, and two may
 // find the same one dead; so whoever makes or removes one here has the
 // directory locked, if it may read it: where it may not, what is there stays.
-// Others lock directories for reasons of their own, so the wait is bounded. Close removes the path before it ends the listener: never
-// somebody else's.
+// Others lock directories for reasons of their own, so the wait is bounded.
+// Close removes the path before it ends the listener: never somebody else's.
 func ListenUnix(path string) (*net.UnixListener, error) {
 	unlock, err := lockDir(filepath.Dir(path))
 	locked := err == nil

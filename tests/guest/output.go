@@ -7,7 +7,8 @@ import (
 	"sync"
 )
 
-// Output gathers what a program, such as a guest's monitor, writes and lets a test wait for it.
+// Output gathers what a program, such as a guest's monitor, writes and lets a
+// test wait for it.
 type Output struct {
 	mu      sync.Mutex
 	buf     bytes.Buffer
