@@ -15,6 +15,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"vmm/boot/boottest"
 	"vmm/memory"
 )
 
@@ -113,7 +114,7 @@ func TestDirtyLogFindsWhatWasWritten(t *testing.T) {
 	if uint64(len(all)) != n || n*8 != uint64(have) {
 		t.Errorf("collected %d pages and visited %d; the memory has %d blocks of half a KiB", n, len(all), have)
 	}
-	for _, page := range []uint64{codeAt / memory.PageSize, orderAt / memory.PageSize, firstOrder / memory.PageSize} {
+	for _, page := range []uint64{boottest.CodeAt / memory.PageSize, orderAt / memory.PageSize, firstOrder / memory.PageSize} {
 		if !slices.Contains(all, page) {
 			t.Errorf("page %#x was written before the log began, and is not visited", page)
 		}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"vmm/boot"
+	"vmm/boot/boottest"
 	"vmm/device"
 	"vmm/kvm/kvmtest"
 	"vmm/scsi/disk"
@@ -21,8 +22,6 @@ import (
 
 // The tests in this file run guests of a few instructions, which any KVM can
 // run. They are ELF kernels with a PVH note: 32-bit code at 1 MiB.
-
-const codeAt = 0x100000
 
 // asm is 32-bit machine code, built by name where a name helps.
 type asm []byte
@@ -56,41 +55,8 @@ func (a asm) forever() asm { return a.raw(0xeb, 0xfe) } // jmp .
 // kernelFile writes code as a kernel.
 func kernelFile(t testing.TB, code asm) string {
 	t.Helper()
-	const noteAt = 64 + 2*56                              // behind the header and two program headers
-	note := binary.LittleEndian.AppendUint32(nil, 4)      // name size
-	note = binary.LittleEndian.AppendUint32(note, 4)      // descriptor size
-	note = binary.LittleEndian.AppendUint32(note, 18)     // XEN_ELFNOTE_PHYS32_ENTRY
-	note = append(note, "Xen\x00"...)                     // name
-	note = binary.LittleEndian.AppendUint32(note, codeAt) // entry
-	codeOff := (noteAt + len(note) + 15) &^ 15
-	le := binary.LittleEndian
-	file := make([]byte, codeOff+len(code))
-	copy(file, "\x7fELF\x02\x01\x01")
-	le.PutUint16(file[16:], 2)  // executable
-	le.PutUint16(file[18:], 62) // x86-64
-	le.PutUint32(file[20:], 1)
-	le.PutUint64(file[24:], codeAt)
-	le.PutUint64(file[32:], 64) // program headers
-	le.PutUint16(file[52:], 64)
-	le.PutUint16(file[54:], 56)
-	le.PutUint16(file[56:], 2)
-	segment := func(i int, kind uint32, off, addr, size uint64) {
-		p := file[64+56*i:]
-		le.PutUint32(p, kind)
-		le.PutUint32(p[4:], 5)
-		le.PutUint64(p[8:], off)
-		le.PutUint64(p[16:], addr)
-		le.PutUint64(p[24:], addr)
-		le.PutUint64(p[32:], size)
-		le.PutUint64(p[40:], size)
-		le.PutUint64(p[48:], 4)
-	}
-	segment(0, 1, uint64(codeOff), codeAt, uint64(len(code)))
-	segment(1, 4, noteAt, 0, uint64(len(note)))
-	copy(file[noteAt:], note)
-	copy(file[codeOff:], code)
 	path := filepath.Join(t.TempDir(), "kernel")
-	if err := os.WriteFile(path, file, 0o600); err != nil {
+	if err := boottest.WriteKernel(path, code); err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -22,6 +21,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
+	"vmm/boot/boottest"
 	"vmm/control"
 	"vmm/control/controltest"
 	"vmm/kvm/kvmtest"
@@ -213,54 +213,13 @@ func (s *screen) waitFor(text string) {
 	}
 }
 
-var (
-	// endless is a guest that prints an exclamation mark and then turns round
-	// and round.
-	endless = []byte{
-		0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, // mov dx, COM1; mov al, '!'; out dx, al
-		0xeb, 0xfe, // jmp .
-	}
-	// fragile prints the same and breaks when something is typed.
-	fragile = []byte{
-		0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, // mov dx, COM1; mov al, '!'; out dx, al
-		0x66, 0xba, 0xfc, 0x03, 0xb0, 0x02, 0xee, // mov dx, MCR; mov al, RTS; out dx, al
-		0x66, 0xba, 0xfd, 0x03, // mov dx, LSR
-		0xec, 0xa8, 0x01, 0x74, 0xfb, // in al, dx; test al, data ready; jz back to the in
-		0x0f, 0x0b, // ud2, with no handler for it: a triple fault
-	}
-)
-
-// writeKernel makes code an ELF kernel with a PVH note.
-func writeKernel(path string, code []byte) error {
-	const noteAt, codeAt, entry = 176, 208, 0x100000
-	file := make([]byte, codeAt, codeAt+len(code))
-	le := binary.LittleEndian
-	copy(file, "\x7fELF\x02\x01\x01")
-	le.PutUint16(file[16:], 2)     // executable
-	le.PutUint16(file[18:], 62)    // x86-64
-	le.PutUint32(file[20:], 1)     // version
-	le.PutUint64(file[24:], entry) // entry
-	le.PutUint64(file[32:], 64)    // program headers
-	le.PutUint16(file[52:], 64)
-	le.PutUint16(file[54:], 56)
-	le.PutUint16(file[56:], 2)
-	for i, h := range [2][4]uint64{{1, codeAt, entry, uint64(len(code))}, {4, noteAt, 0, 20}} { // type, offset, address, size
-		p := file[64+56*i:]
-		le.PutUint32(p, uint32(h[0]))
-		le.PutUint32(p[4:], 5)
-		le.PutUint64(p[8:], h[1])
-		le.PutUint64(p[16:], h[2])
-		le.PutUint64(p[24:], h[2])
-		le.PutUint64(p[32:], h[3])
-		le.PutUint64(p[40:], h[3])
-		le.PutUint64(p[48:], 4)
-	}
-	le.PutUint32(file[noteAt:], 4)
-	le.PutUint32(file[noteAt+4:], 4)
-	le.PutUint32(file[noteAt+8:], 18) // XEN_ELFNOTE_PHYS32_ENTRY
-	copy(file[noteAt+12:], "Xen")
-	le.PutUint32(file[noteAt+16:], entry)
-	return os.WriteFile(path, append(file, code...), 0o600)
+// fragile is a guest that prints an exclamation mark and breaks when something is typed.
+var fragile = []byte{
+	0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, // mov dx, COM1; mov al, '!'; out dx, al
+	0x66, 0xba, 0xfc, 0x03, 0xb0, 0x02, 0xee, // mov dx, MCR; mov al, RTS; out dx, al
+	0x66, 0xba, 0xfd, 0x03, // mov dx, LSR
+	0xec, 0xa8, 0x01, 0x74, 0xfb, // in al, dx; test al, data ready; jz back to the in
+	0x0f, 0x0b, // ud2, with no handler for it: a triple fault
 }
 
 // A guest of a few instructions, from one command to the next.
@@ -273,7 +232,7 @@ func TestCommandsOnARealGuest(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	t.Setenv("VMM_RUN_DIR", dir)
 	image, kernel := filepath.Join(t.TempDir(), "disk.img"), filepath.Join(t.TempDir(), "kernel")
-	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20), writeKernel(kernel, endless)); err != nil {
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20), boottest.WriteKernel(kernel, boottest.Endless)); err != nil {
 		t.Fatal(err)
 	}
 	args := []string{"run", "web1", "--kernel", kernel, "--memory", "16M", "--lun", "id=root,path=" + image}
@@ -408,7 +367,7 @@ func TestRunsTheExampleConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = errors.Join(
-		writeKernel(filepath.Join(dir, "vmlinuz"), endless),
+		boottest.WriteKernel(filepath.Join(dir, "vmlinuz"), boottest.Endless),
 		os.WriteFile(filepath.Join(dir, "web1.yaml"), example, 0o600),
 		os.WriteFile(filepath.Join(dir, "initrd.img"), []byte("initrd"), 0o600),
 		os.WriteFile(filepath.Join(dir, "root.img"), make([]byte, 1<<20), 0o600),

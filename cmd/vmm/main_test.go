@@ -13,6 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
+	"vmm/boot/boottest"
 	"vmm/control"
 	"vmm/kvm/kvmtest"
 )
@@ -55,8 +56,8 @@ func TestScripts(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			for name, code := range map[string][]byte{"endless": endless, "fragile": fragile} {
-				if err := writeKernel(filepath.Join(e.WorkDir, name), code); err != nil {
+			for name, code := range map[string][]byte{"endless": boottest.Endless, "fragile": fragile} {
+				if err := boottest.WriteKernel(filepath.Join(e.WorkDir, name), code); err != nil {
 					return err
 				}
 			}
