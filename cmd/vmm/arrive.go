@@ -62,14 +62,14 @@ func (f *foreground) expect(c *cobra.Command, name string, luns []string, names 
 }
 
 // stay stays with a guest that has come.
-func (f *foreground) stay(c *cobra.Command, names *claims, warn func(string), got *migration.Arrival) (err error) {
+func (f *foreground) stay(c *cobra.Command, signals stopSignals, names *claims, warn func(string), got *migration.Arrival) (err error) {
 	for _, l := range got.LUNs {
 		warn(l.Sentence)
 	}
 	arrival := got.Machine.(*machine.Arrival)
 	m := arrival.Machine()
 	defer func() { err = errors.Join(err, m.Close()) }()
-	return f.supervise(c, names.claim, m, warn, arrival.Wait)
+	return f.supervise(c, signals, names.claim, m, warn, arrival.Wait)
 }
 
 // namedLUNs are those LUNs of a guest that comes from elsewhere which are not

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"strings"
 	"sync"
 	"syscall"
@@ -55,9 +54,8 @@ func detach(c *cobra.Command) error {
 	}
 	child.Stdout, child.Stderr = c.OutOrStdout(), c.ErrOrStderr()
 	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer signal.Stop(signals)
+	signals := catchStop()
+	defer signals.release()
 	err = child.Start()
 	w.Close()
 	if err != nil {

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -114,8 +112,10 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := signal.NotifyContext(waiting, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer cancel()
+	signals := catchStop()
+	defer signals.release()
+	ctx, keep := signals.context(waiting)
+	defer keep()
 	warn(fmt.Sprintf("waiting for a guest at %v", address))
 	if err := f.background.ready("%s waits in the background for a guest at %v (pid %d)", name, address, os.Getpid()); err != nil {
 		ln.Close()
@@ -143,8 +143,8 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	tied()
-	cancel()
-	err = f.stay(c, names, warn, got)
+	keep()
+	err = f.stay(c, signals, names, warn, got)
 	// A guest that is gone needs no answer to whether it runs; the verdict that
 	// it did stays in the journal.
 	end()

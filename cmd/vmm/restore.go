@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/signal"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -51,8 +49,10 @@ func (f *runFlags) restore(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	warn := reception.Config.Warn
-	ctx, cancel := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer cancel()
+	signals := catchStop()
+	defer signals.release()
+	ctx, keep := signals.context(c.Context())
+	defer keep()
 	got, err := migration.Restore(ctx, f.from, reception, migration.RestoreOptions{
 		StateDir: reception.StateDir, Again: f.again, Warn: func(err error) { warn(err.Error()) },
 	})
@@ -62,6 +62,6 @@ func (f *runFlags) restore(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	cancel() // from here on a signal is the guest's power button
-	return f.stay(c, names, warn, got)
+	keep() // from here on a signal is the guest's power button
+	return f.stay(c, signals, names, warn, got)
 }

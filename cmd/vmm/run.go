@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -215,7 +213,9 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	return f.supervise(c, claim, m, cfg.Warn, func() error { return m.Run(c.Context()) })
+	signals := catchStop()
+	defer signals.release()
+	return f.supervise(c, signals, claim, m, cfg.Warn, func() error { return m.Run(c.Context()) })
 }
 
 // settle removes what a crash has left of this host's reservations, before a
@@ -324,7 +324,7 @@ func (f *foreground) port() (io.ReadWriteCloser, error) {
 // supervise stays with a machine until run returns, which it does when the
 // guest has ended: it serves the control API, types what a person types, and
 // presses the power button on a signal.
-func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machine.Machine, warn func(string), run func() error) error {
+func (f *foreground) supervise(c *cobra.Command, signals stopSignals, claim *control.Claim, m *machine.Machine, warn func(string), run func() error) error {
 	if err := f.background.openLog(claim.Dir(), claim.Name()); err != nil {
 		return err
 	}
@@ -366,9 +366,6 @@ func (f *foreground) supervise(c *cobra.Command, claim *control.Claim, m *machin
 		}()
 	}
 
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer signal.Stop(signals)
 	ended := make(chan struct{})
 	defer close(ended)
 	go stopOnSignal(signals, ended, f.stopTimeout, m.PowerButton, force, warn)

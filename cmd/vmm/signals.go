@@ -1,0 +1,50 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// stopSignals are the signals that ask this process to end, in the order in
+// which they come. From catchStop on none is lost, and none ends the process by
+// itself, whoever minds them at the moment.
+type stopSignals chan os.Signal
+
+func catchStop() stopSignals {
+	s := make(stopSignals, 4)
+	signal.Notify(s, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	return s
+}
+
+// release leaves them to what they do by default.
+func (s stopSignals) release() { signal.Stop(s) }
+
+// context is one that ends with a signal, while a guest is waited for. From
+// keep on they are the guest's: also one that has come, if there is a guest in
+// spite of it. A second keep does nothing.
+func (s stopSignals) context(parent context.Context) (ctx context.Context, keep func()) {
+	ctx, cancel := context.WithCancel(parent)
+	done := make(chan struct{})
+	var came os.Signal
+	go func() {
+		defer close(done)
+		select {
+		case came = <-s:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		cancel()
+		<-done
+		if came != nil {
+			select {
+			case s <- came:
+			default: // there are enough of them
+			}
+			came = nil
+		}
+	}
+}
