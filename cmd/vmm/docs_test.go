@@ -16,54 +16,17 @@ import (
 
 	"vmm/doctor"
 	"vmm/migration"
+	"vmm/tests/pages"
 )
 
-// document is a page of documentation in Markdown.
-type document struct {
-	path  string
-	text  string
-	lines []string // of code blocks, continued lines joined
-	spans []string // of code within a sentence
-}
-
-// documents are all pages, with their code taken out.
-func documents(t *testing.T) []document {
+// documents are all pages.
+func documents(t *testing.T) []pages.Page {
 	t.Helper()
-	paths, err := filepath.Glob("../../docs/*.md")
-	if err != nil || len(paths) < 5 {
-		t.Fatalf("pages %v, %v; the test looks in the wrong place", paths, err)
+	all, err := pages.Read("../..")
+	if err != nil {
+		t.Fatal(err)
 	}
-	var pages []document
-	for _, path := range append(paths, "../../README.md", "../../CHANGELOG.md") {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d := document{path: filepath.Base(path), text: string(b)}
-		var code, prose strings.Builder
-		fenced, after := false, true // after: an indented line would begin a block
-		for line := range strings.Lines(d.text) {
-			switch trimmed := strings.TrimSpace(line); {
-			case strings.HasPrefix(trimmed, "```"):
-				fenced = !fenced
-				after = true
-				continue
-			case fenced:
-				code.WriteString(line)
-			case after && strings.HasPrefix(line, "    "):
-				code.WriteString(line)
-			default:
-				prose.WriteString(line)
-				after = trimmed == ""
-			}
-		}
-		d.lines = joined(code.String())
-		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(prose.String(), -1) {
-			d.spans = append(d.spans, strings.Join(strings.Fields(m[1]), " "))
-		}
-		pages = append(pages, d)
-	}
-	return pages
+	return all
 }
 
 // before is what may stand before a command's name.
@@ -82,29 +45,29 @@ func TestDocumentedCommands(t *testing.T) {
 			args, _ := words(line)
 			for _, target := range args[1:] {
 				if !strings.Contains(target, "=") && !regexp.MustCompile(`(?m)^`+regexp.QuoteMeta(target)+`:`).Match(makefile) {
-					t.Errorf("%s: %s: the Makefile has no %s", d.path, line, target)
+					t.Errorf("%s: %s: the Makefile has no %s", d.Path, line, target)
 				}
 			}
 		}
-		for _, line := range d.lines {
+		for _, line := range d.Lines {
 			line = before.ReplaceAllString(line, "")
 			switch {
 			case strings.HasPrefix(line, "vmm "):
 				shown++
 				if err := understood(line, false); err != nil {
-					t.Errorf("%s: %v", d.path, err)
+					t.Errorf("%s: %v", d.Path, err)
 				}
 			case strings.HasPrefix(line, "make "):
 				targets(line)
 			}
 		}
-		for _, span := range d.spans {
+		for _, span := range d.Spans {
 			span = before.ReplaceAllString(span, "")
 			switch {
 			case strings.HasPrefix(span, "vmm "):
 				mentioned++
 				if err := understood(span, true); err != nil {
-					t.Errorf("%s: `%s`: %v", d.path, span, err)
+					t.Errorf("%s: `%s`: %v", d.Path, span, err)
 				}
 			case strings.HasPrefix(span, "make "):
 				targets(span)
@@ -123,16 +86,13 @@ func TestDocumentedLinks(t *testing.T) {
 	shown := make(map[string]bool)
 	links := 0
 	for _, d := range documents(t) {
-		dir := "../../docs"
-		if d.path == "README.md" || d.path == "CHANGELOG.md" {
-			dir = "../.."
-		}
-		for _, m := range link.FindAllStringSubmatch(d.text, -1) {
+		dir := filepath.Join("../..", filepath.Dir(d.Path))
+		for _, m := range link.FindAllStringSubmatch(d.Text, -1) {
 			links++
-			target, text := filepath.Join(dir, m[3]), d.text
+			target, text := filepath.Join(dir, m[3]), d.Text
 			if m[3] != "" {
 				if _, err := os.Stat(target); err != nil {
-					t.Errorf("%s: link to %s: %v", d.path, m[3], err)
+					t.Errorf("%s: link to %s: %v", d.Path, m[3], err)
 					continue
 				}
 				shown[target] = true
@@ -145,10 +105,10 @@ func TestDocumentedLinks(t *testing.T) {
 				}
 			}
 			if m[4] != "" && !slices.Contains(anchors(text), m[4]) {
-				t.Errorf("%s: link to %s#%s: no such heading", d.path, m[3], m[4])
+				t.Errorf("%s: link to %s#%s: no such heading", d.Path, m[3], m[4])
 			}
 			if m[1] != "" && len(m[2]) < 20 {
-				t.Errorf("%s: picture %s: %q says too little to who does not see it", d.path, m[3], m[2])
+				t.Errorf("%s: picture %s: %q says too little to who does not see it", d.Path, m[3], m[2])
 			}
 		}
 	}
@@ -258,11 +218,11 @@ func TestDocumentedCertificates(t *testing.T) {
 	needTool(t, "openssl")
 	dir := t.TempDir()
 	for _, d := range documents(t) {
-		if d.path != "quickstart.md" {
+		if d.Path != "docs/quickstart.md" {
 			continue
 		}
 		script := "set -e\n"
-		for _, line := range d.lines {
+		for _, line := range d.Lines {
 			line = strings.TrimSpace(line)
 			if strings.HasPrefix(line, "openssl ") || strings.HasPrefix(line, "HOST=") || strings.HasPrefix(line, "chmod 600 key.pem") {
 				script += line + "\n"

@@ -14,6 +14,7 @@ import (
 
 	"vmm/machine"
 	"vmm/migration"
+	"vmm/tests/pages"
 )
 
 // words splits a command line as a shell does, as far as examples need it:
@@ -149,12 +150,6 @@ func values(c *cobra.Command) error {
 	return nil
 }
 
-// joined are the lines of a text, with those that end in a backslash put
-// together.
-func joined(text string) []string {
-	return strings.Split(regexp.MustCompile(`\\\n\s*`).ReplaceAllString(text, ""), "\n")
-}
-
 // Each command says in its help what it does, with examples that the program
 // understands; and each prints JSON that a golden file has.
 func TestEachCommandHelps(t *testing.T) {
@@ -172,7 +167,7 @@ func TestEachCommandHelps(t *testing.T) {
 			t.Errorf("%s: short help %q; want 70 letters at most, no full stop", path, c.Short)
 		}
 		own := false
-		for _, line := range joined(c.Example) {
+		for _, line := range pages.Joined(c.Example) {
 			if err := understood(strings.TrimSpace(line), false); err != nil {
 				t.Errorf("%s: example: %v", path, err)
 			}

@@ -49,10 +49,10 @@ func newService(t *testing.T) *service {
 		t.Fatal(err)
 	}
 	s := &service{
-		t: t, root: root, unit: strings.ReplaceAll(documented(t, "systemd/vmm@.service"), "%i", "web1"),
+		t: t, root: root, unit: strings.ReplaceAll(documented(t, "contrib/systemd/vmm@.service"), "%i", "web1"),
 		ids: map[string]uint32{}, groups: map[string][]uint32{},
 	}
-	s.makeUsers(documented(t, "systemd/vmm.sysusers.conf"))
+	s.makeUsers(documented(t, "contrib/systemd/vmm.sysusers.conf"))
 	for _, kind := range []struct{ key, base string }{{"RuntimeDirectory", "/run"}, {"StateDirectory", "/var/lib"}} {
 		mode, err := strconv.ParseUint(s.value(kind.key+"Mode"), 8, 32)
 		if err != nil {
@@ -210,7 +210,7 @@ func (s *service) plug(subsystem, node string) {
 	}
 	item := regexp.MustCompile(`([A-Z]+)(?:\{(\w+)\})?(==|=)"([^"]*)"`)
 	skip, ruled := "", false
-	for line := range strings.Lines(documented(s.t, "systemd/60-vmm.rules")) {
+	for line := range strings.Lines(documented(s.t, "contrib/systemd/60-vmm.rules")) {
 		if strings.HasPrefix(line, "#") {
 			continue
 		}
@@ -250,16 +250,16 @@ func (s *service) plugLUN(n *lio.Nexus) {
 	s.plug("block", n.Block)
 }
 
-// needCurl puts curl into a lab host, whose image is small.
-func needCurl(t *testing.T) {
+// needProgram puts what the image of a lab host lacks there.
+func needProgram(t *testing.T, name string) {
 	t.Helper()
-	if _, err := exec.LookPath("curl"); err == nil {
+	if _, err := exec.LookPath(name); err == nil {
 		return
 	}
 	if os.Getenv("VMM_TEST_EMULATED") == "" {
-		t.Fatal("curl is missing: apt-get install curl")
+		t.Fatalf("%s is missing: apt-get install it", name)
 	}
-	local(t, "cd / && cpio -id <"+filepath.Join(stage, "curl.cpio"))
+	local(t, "cd / && cpio -id <"+filepath.Join(stage, "programs.cpio"))
 }
 
 // A guest with a passed-through LUN is run by the user whom the documented
@@ -267,7 +267,7 @@ func needCurl(t *testing.T) {
 // with the documentation's curl commands, and nobody else does.
 func TestService(t *testing.T) {
 	lun := needLIO(t, "service", 64<<20, 2)
-	needCurl(t)
+	needProgram(t, "curl")
 	mine, kept := lun.Nexuses[0], lun.Nexuses[1]
 	for _, n := range lun.Nexuses {
 		local(t, "sg_turs "+n.SG+" || sg_turs "+n.SG) // takes its unit attentions away

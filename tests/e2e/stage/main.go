@@ -1,8 +1,8 @@
 // Stage puts what the tests with guests need into a directory, which may then
 // be shared with a lab host: for each stock kernel FLAVOUR/bzImage,
-// FLAVOUR/vmlinux and FLAVOUR/initrd; docs/api.md and contrib/systemd as
-// systemd/, which a test does what they say; and curl.cpio, which is curl and
-// its libraries for a host without. It runs in the repository's root.
+// FLAVOUR/vmlinux and FLAVOUR/initrd; the documentation and contrib, which
+// tests do what they say; and programs.cpio, what those need of programs that a
+// small host lacks, with their libraries. It runs in the repository's root.
 package main
 
 import (
@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 
 	"vmm/tests/guest"
 	"vmm/tests/lab/deb"
@@ -48,34 +47,40 @@ func stage(ctx context.Context, dir string) error {
 			}
 		}
 	}
-	followed, err := filepath.Glob("contrib/systemd/*")
-	if err != nil || len(followed) == 0 {
-		return fmt.Errorf("contrib/systemd: %v, %w; start it in the repository's root", followed, err)
+	for _, pattern := range []string{"README.md", "CHANGELOG.md", "docs/*.md", "docs/examples/*", "contrib/systemd/*"} {
+		followed, err := filepath.Glob(pattern)
+		if err != nil || len(followed) == 0 {
+			return fmt.Errorf("%s: %d files, %v; start it in the repository's root", pattern, len(followed), err)
+		}
+		for _, path := range followed {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			to := filepath.Join(dir, path)
+			if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+				return err
+			}
+			if err := os.WriteFile(to, b, 0o644); err != nil {
+				return err
+			}
+		}
 	}
-	for _, from := range append(followed, "docs/api.md") {
-		b, err := os.ReadFile(from)
-		if err != nil {
-			return err
-		}
-		to := filepath.Join(dir, strings.TrimPrefix(from, "contrib/"))
-		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(to, b, 0o644); err != nil {
-			return err
-		}
-	}
-	return curl(filepath.Join(dir, "curl.cpio"))
+	return programs(filepath.Join(dir, "programs.cpio"))
 }
 
-// curl packs this machine's curl.
-func curl(to string) error {
-	program, err := exec.LookPath("curl")
-	if err != nil {
-		return deb.NeedTool("curl", "curl")
+// programs packs programs of this machine.
+func programs(to string) error {
+	var paths []string
+	for name, pkg := range map[string]string{"curl": "curl", "install": "coreutils"} {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			return deb.NeedTool(name, pkg)
+		}
+		paths = append(paths, path)
 	}
 	var a initrd.Archive
-	if err := a.Programs(program); err != nil {
+	if err := a.Programs(paths...); err != nil {
 		return err
 	}
 	f, err := os.Create(to)

@@ -242,7 +242,7 @@ func (p *proc) execute() (syscall.WaitStatus, error) {
 	}
 
 	if p.req.PTY != nil {
-		master, slave, err := openPTY()
+		master, slave, err := OpenPTY()
 		if err != nil {
 			return fail(fmt.Errorf("terminal: %w", err))
 		}
@@ -395,8 +395,8 @@ func (m *pump) run() {
 	}
 }
 
-// openPTY makes a pseudo-terminal.
-func openPTY() (master, slave *os.File, err error) {
+// OpenPTY makes a pseudo-terminal.
+func OpenPTY() (master, slave *os.File, err error) {
 	master, err = os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, nil, err
