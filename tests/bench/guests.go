@@ -2,8 +2,7 @@ package main
 
 import (
 	"bytes"
-	"debug/elf"
-	"encoding/binary"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,10 +12,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
+	"vmm/boot/boottest"
+	lab "vmm/tests/guest"
 	"vmm/tests/qmp"
 )
 
@@ -27,46 +27,39 @@ const (
 	moveTime = 2 * time.Minute
 )
 
+// shape is what a guest has.
+type shape struct {
+	memory int    // bytes
+	filled int    // where the random bytes end that begin at fillAt
+	code   []byte // what it does
+}
+
+// kernel writes the guest's code as a kernel.
+func (s *shape) kernel(dir string) (path string, err error) {
+	path = filepath.Join(dir, "kernel")
+	return path, boottest.WriteKernel(path, s.code)
+}
+
+// moved is what a monitor says of a move.
+type moved struct {
+	total, downtime time.Duration
+	sent            uint64 // bytes
+}
+
 // guest is a monitor with a guest, or one that waits for it.
 type guest struct {
-	cmd    *exec.Cmd
-	ram    string // how the memfd of its memory is called
-	said   text
-	exited chan struct{}
+	cmd     *exec.Cmd
+	ram     string      // how the memfd of its memory is called
+	console *lab.Output // the guest's
+	said    *lab.Output
+	exited  chan struct{}
 }
 
-// text gathers what a process writes.
-type text struct {
-	mu   sync.Mutex
-	buf  bytes.Buffer
-	want string
-	seen chan struct{} // closed when want was written
-}
-
-func (t *text) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.buf.Write(p)
-	if t.want != "" && strings.Contains(t.buf.String(), t.want) {
-		t.want = ""
-		close(t.seen)
-	}
-	return len(p), nil
-}
-
-func (t *text) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.buf.String()
-}
-
-// launch starts a monitor, and waits until it has written ready, if that is
-// not empty.
-func launch(ram, ready string, env []string, program string, args ...string) (*guest, error) {
-	g := &guest{cmd: exec.Command(program, args...), ram: ram, exited: make(chan struct{})}
-	g.said.want, g.said.seen = ready, make(chan struct{})
+// launch starts a monitor.
+func launch(ram string, env []string, program string, args ...string) (*guest, error) {
+	g := &guest{cmd: exec.Command(program, args...), ram: ram, console: lab.NewOutput(), said: lab.NewOutput(), exited: make(chan struct{})}
 	g.cmd.Env = append(os.Environ(), env...)
-	g.cmd.Stdout, g.cmd.Stderr = &g.said, &g.said
+	g.cmd.Stdout, g.cmd.Stderr = g.console, g.said
 	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := g.cmd.Start(); err != nil {
 		return nil, err
@@ -75,17 +68,22 @@ func launch(ram, ready string, env []string, program string, args ...string) (*g
 		g.cmd.Wait()
 		close(g.exited)
 	}()
-	if ready == "" {
-		return g, nil
+	return g, nil
+}
+
+// prints waits until the guest prints something.
+func (g *guest) prints() error {
+	return g.wait(g.console, func(text string) bool { return text != "" })
+}
+
+// wait waits until ready is true of what comes out of the process.
+func (g *guest) wait(out *lab.Output, ready func(text string) bool) error {
+	ctx, cancel := context.WithTimeout(context.Background(), moveTime)
+	defer cancel()
+	if err := out.Wait(ctx, g.exited, ready); err != nil {
+		return g.failed(err)
 	}
-	select {
-	case <-g.said.seen:
-		return g, nil
-	case <-g.exited:
-		return nil, g.failed(errors.New("it ended"))
-	case <-time.After(moveTime):
-		return nil, g.failed(errors.New("it did not get ready"))
-	}
+	return nil
 }
 
 func (g *guest) kill() {
@@ -96,7 +94,7 @@ func (g *guest) kill() {
 // failed ends the process; its error is err with what it has said.
 func (g *guest) failed(err error) error {
 	g.kill()
-	return fmt.Errorf("%s: %w: %s", filepath.Base(g.cmd.Path), err, &g.said)
+	return fmt.Errorf("%s: %w: %s", filepath.Base(g.cmd.Path), err, g.said)
 }
 
 // memory opens the guest's memory.
@@ -115,7 +113,7 @@ func (g *guest) memory() (*os.File, error) {
 
 // fill writes random bytes into a guest's memory and returns their checksum.
 // They are the same for every guest.
-func (g *guest) fill(size int) (sum uint32, err error) {
+func (g *guest) fill(end int) (sum uint32, err error) {
 	file, err := g.memory()
 	if err != nil {
 		return 0, err
@@ -123,23 +121,23 @@ func (g *guest) fill(size int) (sum uint32, err error) {
 	defer file.Close()
 	random := rand.NewChaCha8([32]byte{})
 	chunk := make([]byte, 1<<20)
-	for at := fillAt; at < size; at += len(chunk) {
+	for at := fillAt; at < end; at += len(chunk) {
 		random.Read(chunk)
 		if _, err := file.WriteAt(chunk, int64(at)); err != nil {
 			return 0, err
 		}
 	}
-	return checksum(file, size)
+	return checksum(file, end)
 }
 
 // arrived says whether a guest's memory is what it was.
-func (g *guest) arrived(size int, want uint32) error {
+func (g *guest) arrived(end int, want uint32) error {
 	file, err := g.memory()
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	sum, err := checksum(file, size)
+	sum, err := checksum(file, end)
 	if err == nil && sum != want {
 		err = fmt.Errorf("the memory's checksum is %08x after the move; want %08x", sum, want)
 	}
@@ -160,23 +158,25 @@ func freeAddress() (string, error) {
 type vmmPair struct {
 	program string
 	env     []string
-	size    int
+	shape   shape
 	sum     uint32
 	moves   int
 	at      *guest
 }
 
-func newVMM(program, dir string, size int) (*vmmPair, error) {
-	kernel := filepath.Join(dir, "kernel")
-	if err := os.WriteFile(kernel, halting(), 0o600); err != nil {
+func newVMM(program, dir string, s shape) (*vmmPair, error) {
+	kernel, err := s.kernel(dir)
+	if err != nil {
 		return nil, err
 	}
-	p := &vmmPair{program: program, size: size, env: []string{"VMM_RUN_DIR=" + filepath.Join(dir, "run"), "VMM_STATE_DIR=" + filepath.Join(dir, "state")}}
-	var err error
-	if p.at, err = p.start("up", "run", p.name(), "--kernel", kernel, "--memory", fmt.Sprintf("%dM", size>>20)); err != nil {
+	p := &vmmPair{program: program, shape: s, env: []string{"VMM_RUN_DIR=" + filepath.Join(dir, "run"), "VMM_STATE_DIR=" + filepath.Join(dir, "state")}}
+	if p.at, err = p.start("run", p.name(), "--kernel", kernel, "--memory", fmt.Sprintf("%dM", s.memory>>20)); err != nil {
 		return nil, err
 	}
-	if p.sum, err = p.at.fill(size); err != nil {
+	if err = p.at.prints(); err == nil {
+		p.sum, err = p.at.fill(s.filled)
+	}
+	if err != nil {
 		p.close()
 	}
 	return p, err
@@ -186,22 +186,26 @@ func (p *vmmPair) name() string { return fmt.Sprintf("guest%d", p.moves) }
 
 func (p *vmmPair) close() { p.at.kill() }
 
-func (p *vmmPair) start(ready string, args ...string) (*guest, error) {
-	return launch("vmm-ram", ready, p.env, p.program, args...)
+func (p *vmmPair) guest() *guest { return p.at }
+
+func (p *vmmPair) start(args ...string) (*guest, error) {
+	return launch("vmm-ram", p.env, p.program, args...)
 }
 
-// move moves the guest over n connections. The rate is that of the whole
-// migration, as vmm's summary has it.
-func (p *vmmPair) move(n int) (rate float64, err error) {
+// move moves the guest over n connections.
+func (p *vmmPair) move(n int) (m moved, err error) {
 	address, err := freeAddress()
 	if err != nil {
-		return 0, err
+		return m, err
 	}
 	from := p.name()
 	p.moves++
-	next, err := p.start("waiting for a guest", "receive", p.name(), "--listen", address)
+	next, err := p.start("receive", p.name(), "--listen", address)
 	if err != nil {
-		return 0, err
+		return m, err
+	}
+	if err := next.wait(next.said, func(text string) bool { return strings.Contains(text, "waiting for a guest") }); err != nil {
+		return m, err
 	}
 	cmd := exec.Command(p.program, "migrate", from, address, "--channels", fmt.Sprint(n), "--downtime", downtime.String(), "-o", "json")
 	cmd.Env = append(os.Environ(), p.env...)
@@ -209,7 +213,7 @@ func (p *vmmPair) move(n int) (rate float64, err error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return 0, next.failed(fmt.Errorf("vmm migrate: %w: %s; the source said: %s", err, &stderr, &p.at.said))
+		return m, next.failed(fmt.Errorf("vmm migrate: %w: %s; the source said: %s", err, &stderr, p.at.said))
 	}
 	<-p.at.exited
 	p.at = next
@@ -218,59 +222,58 @@ func (p *vmmPair) move(n int) (rate float64, err error) {
 		Summary struct {
 			SentBytes uint64 `json:"sent_bytes,string"`
 			TotalUs   uint64 `json:"total_us,string"`
+			Downtime  struct {
+				TotalUs uint64 `json:"total_us,string"`
+			}
 		}
 	}
 	if err := json.Unmarshal(lines[len(lines)-1], &last); err != nil || last.Summary.TotalUs == 0 {
-		return 0, fmt.Errorf("vmm migrate's summary: %w: %s", err, out)
+		return m, fmt.Errorf("vmm migrate's summary: %w: %s", err, out)
 	}
-	return float64(last.Summary.SentBytes) * 1e6 / float64(last.Summary.TotalUs), p.at.arrived(p.size, p.sum)
+	us := func(n uint64) time.Duration { return time.Duration(n) * time.Microsecond }
+	m = moved{us(last.Summary.TotalUs), us(last.Summary.Downtime.TotalUs), last.Summary.SentBytes}
+	return m, p.at.arrived(p.shape.filled, p.sum)
 }
 
-// halting is a kernel that says "up" and halts: an ELF file with a PVH note
-// (Xen's "x86/HVM direct boot ABI").
-func halting() []byte {
-	const at = 1 << 20 // where it is loaded and entered, in 32-bit mode
-	code := []byte{
-		0x66, 0xba, 0xf8, 0x03, // mov dx, 3f8h: the first serial port
-		0xb0, 'u', 0xee, // mov al, 'u'; out dx, al
-		0xb0, 'p', 0xee,
-		0xfa, 0xf4, 0xeb, 0xfd, // cli; hlt; jmp back to hlt
-	}
-	note := []byte("\x04\x00\x00\x00\x04\x00\x00\x00\x12\x00\x00\x00Xen\x00\x00\x00\x10\x00") // XEN_ELFNOTE_PHYS32_ENTRY: at
-	const headers = 64 + 2*56
-	var b bytes.Buffer
-	put := func(v any) { binary.Write(&b, binary.LittleEndian, v) } // a buffer takes everything
-	h := elf.Header64{Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: 1, Entry: at, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 2}
-	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
-	put(h)
-	put(elf.Prog64{Type: uint32(elf.PT_NOTE), Off: headers, Filesz: uint64(len(note)), Memsz: uint64(len(note)), Align: 4})
-	put(elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: 5, Off: headers + uint64(len(note)), Vaddr: at, Paddr: at, Filesz: uint64(len(code)), Memsz: uint64(len(code)), Align: 1})
-	b.Write(note)
-	b.Write(code)
-	return b.Bytes()
-}
-
-// qemuPair moves a guest of QEMU to and fro. It never runs.
+// qemuPair moves a guest of QEMU to and fro. Without code it never runs.
 type qemuPair struct {
 	dir   string
-	size  int
+	shape shape
+	runs  bool
 	sum   uint32
 	moves int
 	at    *guest
 	qmp   *qmp.Monitor
 }
 
-func newQEMU(dir string, size int) (*qemuPair, error) {
-	p := &qemuPair{dir: dir, size: size}
+// newQEMU makes a guest that runs, or only has memory.
+func newQEMU(dir string, s shape, runs bool) (*qemuPair, error) {
+	p := &qemuPair{dir: dir, shape: s, runs: runs}
+	more := []string{"-S"}
+	if runs {
+		kernel, err := s.kernel(dir)
+		if err != nil {
+			return nil, err
+		}
+		more = []string{"-kernel", kernel}
+	}
 	var err error
-	if p.at, p.qmp, err = p.start(); err != nil {
+	if p.at, p.qmp, err = p.start(more...); err != nil {
 		return nil, err
 	}
-	if p.sum, err = p.at.fill(size); err != nil {
+	if runs {
+		err = p.at.prints()
+	}
+	if err == nil {
+		p.sum, err = p.at.fill(s.filled)
+	}
+	if err != nil {
 		p.close()
 	}
 	return p, err
 }
+
+func (p *qemuPair) guest() *guest { return p.at }
 
 func (p *qemuPair) close() { p.at.kill() }
 
@@ -279,10 +282,10 @@ func (p *qemuPair) start(more ...string) (*guest, *qmp.Monitor, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	args := append(ln.Args(), "-accel", "kvm", "-M", "q35,memory-backend=ram", "-m", fmt.Sprint(p.size>>20),
-		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,share=on,size=%dM", p.size>>20),
-		"-nodefaults", "-no-user-config", "-display", "none", "-S")
-	g, err := launch("memory-backend-memfd", "", nil, "qemu-system-x86_64", append(args, more...)...)
+	args := append(ln.Args(), "-accel", "kvm", "-M", "q35,memory-backend=ram", "-m", fmt.Sprint(p.shape.memory>>20),
+		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,share=on,size=%dM", p.shape.memory>>20),
+		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio")
+	g, err := launch("memory-backend-memfd", nil, "qemu-system-x86_64", append(args, more...)...)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -293,31 +296,35 @@ func (p *qemuPair) start(more ...string) (*guest, *qmp.Monitor, error) {
 	return g, m, nil
 }
 
-// move moves the guest, with multifd if over more than one connection. The
-// rate is that of QEMU's total time.
-func (p *qemuPair) move(n int) (rate float64, err error) {
+// move moves the guest, with multifd if over more than one connection. QEMU
+// may slow it down, as vmm does.
+func (p *qemuPair) move(n int) (m moved, err error) {
 	address, err := freeAddress()
 	if err != nil {
-		return 0, err
+		return m, err
 	}
 	p.moves++
-	next, monitor, err := p.start("-incoming", "defer")
-	if err != nil {
-		return 0, err
+	more := []string{"-incoming", "defer"}
+	if !p.runs {
+		more = append(more, "-S")
 	}
-	o := qmp.Options{Downtime: downtime}
+	next, monitor, err := p.start(more...)
+	if err != nil {
+		return m, err
+	}
+	o := qmp.Options{Downtime: downtime, AutoConverge: p.runs}
 	if n > 1 {
 		o.Channels = n
 	}
 	if err := monitor.Receive("tcp:"+address, o); err != nil {
-		return 0, next.failed(err)
+		return m, next.failed(err)
 	}
 	s, err := p.qmp.Migrate("tcp:"+address, o, moveTime)
 	if err != nil {
-		return 0, next.failed(fmt.Errorf("%w; the source said: %s", err, &p.at.said))
+		return m, next.failed(fmt.Errorf("%w; the source said: %s", err, p.at.said))
 	}
 	p.qmp.Close()
 	p.at.kill()
 	p.at, p.qmp = next, monitor
-	return float64(p.size-fillAt) / s.Total.Seconds(), p.at.arrived(p.size, p.sum)
+	return moved{s.Total, s.Downtime, s.Sent}, p.at.arrived(p.shape.filled, p.sum)
 }

@@ -1,8 +1,9 @@
-// Bench measures how fast a guest's memory goes from one process to another
-// over loopback TCP, on the host where it is started: vmm, QEMU without and
-// with multifd, and a plain copy of the same bytes between two memfds, taking
-// turns. The guest is a few instructions that halt, so any KVM will do; its
-// memory is random bytes. What counts is the ratios.
+// Bench measures migrations from one process to another over loopback TCP, on
+// the host where it is started, of guests that are a few instructions, so that
+// any KVM will do. First how fast memory goes, which is random bytes: vmm, QEMU
+// without and with multifd, and a plain copy of the same bytes between two
+// memfds, taking turns. Then how long a move of vmm and of QEMU takes, and how
+// long the guest is silent. What counts is the ratios.
 package main
 
 import (
@@ -34,7 +35,7 @@ func main() {
 	case *receiver > 0:
 		err = receiveCopy(*receiver, size)
 	default:
-		err = bench(*vmm, size, *rounds)
+		err = errors.Join(stream(*vmm, size, *rounds), moves(*vmm, *rounds))
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -49,18 +50,25 @@ type mover struct {
 	move        func() (float64, error)
 }
 
-func bench(vmm string, size, rounds int) error {
+// halting is a guest that prints a letter and halts.
+var halting = []byte{
+	0x66, 0xba, 0xf8, 0x03, 0xb0, '!', 0xee, // mov dx, COM1; mov al, '!'; out dx, al
+	0xfa, 0xf4, 0xeb, 0xfd, // cli; hlt; jmp back to hlt
+}
+
+// stream measures rates, each that of a whole migration.
+func stream(vmm string, size, rounds int) error {
 	dir, err := os.MkdirTemp("", "bench")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	ours, err := newVMM(vmm, dir, size)
+	ours, err := newVMM(vmm, dir, shape{size, size, halting})
 	if err != nil {
 		return err
 	}
 	defer ours.close()
-	theirs, err := newQEMU(dir, size)
+	theirs, err := newQEMU(dir, shape{size, size, nil}, false)
 	if err != nil {
 		return err
 	}
@@ -69,8 +77,14 @@ func bench(vmm string, size, rounds int) error {
 	for _, n := range []int{1, 2, 4} {
 		movers = append(movers,
 			mover{"plain copy", n, func() (float64, error) { return plainCopy(ours.at, n, size) }},
-			mover{"vmm", n, func() (float64, error) { return ours.move(n) }},
-			mover{"qemu", n, func() (float64, error) { return theirs.move(n) }})
+			mover{"vmm", n, func() (float64, error) {
+				m, err := ours.move(n)
+				return float64(m.sent) / m.total.Seconds(), err
+			}},
+			mover{"qemu", n, func() (float64, error) {
+				m, err := theirs.move(n)
+				return float64(size-fillAt) / m.total.Seconds(), err
+			}})
 	}
 	const perCount = 3 // of each number of connections, the plain copy first
 	fmt.Printf("%d MiB of random memory over loopback TCP; the load is %s\n", size>>20, load())

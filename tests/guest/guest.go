@@ -63,7 +63,7 @@ func Initrd(ctx context.Context, k *kernel.Kernel) (string, error) {
 		return "", err
 	}
 	a.File("/init", 0o755, init)
-	for _, name := range []string{"rdtest", "fill", "sum", "dirty", "churn", "now"} {
+	for _, name := range []string{"rdtest", "fill", "sum", "dirty", "churn", "now", "beat"} {
 		a.Symlink("../init", "/bin/"+name)
 	}
 	tools, err := filepath.Glob("/usr/bin/sg_*")

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 )
 
 // Output gathers what a program, such as a guest's monitor, writes and lets a
@@ -12,6 +13,8 @@ import (
 type Output struct {
 	mu      sync.Mutex
 	buf     bytes.Buffer
+	first   time.Time
+	last    time.Time
 	changed chan struct{} // closed and replaced by each write
 }
 
@@ -24,7 +27,18 @@ func (o *Output) Write(p []byte) (int, error) {
 	defer o.mu.Unlock()
 	close(o.changed)
 	o.changed = make(chan struct{})
+	o.last = time.Now()
+	if o.buf.Len() == 0 {
+		o.first = o.last
+	}
 	return o.buf.Write(p)
+}
+
+// Span is when the first and the last of the output came.
+func (o *Output) Span() (first, last time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.first, o.last
 }
 
 // String is all that was written so far.

@@ -20,7 +20,7 @@ import (
 )
 
 func main() {
-	tools := map[string]func(args []string) error{"rdtest": rdtest, "fill": fill, "sum": sum, "dirty": dirty, "churn": churn, "now": now}
+	tools := map[string]func(args []string) error{"rdtest": rdtest, "fill": fill, "sum": sum, "dirty": dirty, "churn": churn, "now": now, "beat": beat}
 	if tool, ok := tools[filepath.Base(os.Args[0])]; ok {
 		if err := tool(os.Args[1:]); err != nil {
 			fmt.Fprintf(os.Stderr, "%s: %v\n", filepath.Base(os.Args[0]), err)
