@@ -45,6 +45,14 @@ const program = "qemu-system-x86_64"
 // Find returns the environment's VMM_LAB_QEMU; else the installed QEMU if it
 // is new enough; else one from the cache, or fetched into it.
 func Find(ctx context.Context) (*QEMU, error) {
+	q, err := find(ctx)
+	if err != nil && ctx.Err() != nil { // then each program that was asked failed, and says nothing of itself
+		return nil, fmt.Errorf("lab: look for a QEMU: %w", context.Cause(ctx))
+	}
+	return q, err
+}
+
+func find(ctx context.Context) (*QEMU, error) {
 	if path := os.Getenv("VMM_LAB_QEMU"); path != "" {
 		return try(ctx, path)
 	}

@@ -1,6 +1,8 @@
 package emulator
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,6 +62,21 @@ func TestFind(t *testing.T) {
 				t.Errorf("Find() = %s %v; want %s and %d arguments", got, q.Args, test.want, test.args)
 			}
 		})
+	}
+}
+
+// Who gives up while programs are asked hears why, not what the programs did
+// not say.
+func TestFindInTime(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("VMM_LAB_CACHE", dir)
+	t.Setenv("VMM_LAB_QEMU", "")
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	fake(t, filepath.Join(dir, program), "QEMU emulator version 10.0.2")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("too slow"))
+	if q, err := Find(ctx); err == nil || !strings.Contains(err.Error(), "too slow") {
+		t.Errorf("Find() = %v, %v; want the cause", q, err)
 	}
 }
 
