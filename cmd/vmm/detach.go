@@ -75,7 +75,7 @@ func detach(c *cobra.Command) error {
 			_ = child.Process.Signal(syscall.SIGTERM)
 			given = true
 		case line := <-ready:
-			if line != "" && !given {
+			if line != "" && !given && len(signals) == 0 {
 				_, err := io.WriteString(c.OutOrStdout(), line)
 				return err
 			}

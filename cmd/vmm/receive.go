@@ -99,9 +99,9 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return bad("tls-dir", err)
 	}
-	waiting, giveUp := context.WithCancel(c.Context())
-	defer giveUp()
-	names := &claims{waiting: &control.Waiting{Address: address.String(), Stop: giveUp}, beside: address.Network == "unix"}
+	signals := catchStop()
+	defer signals.release()
+	names := &claims{waiting: &control.Waiting{Address: address.String(), Stop: signals.stop}, beside: address.Network == "unix"}
 	defer func() { err = errors.Join(err, names.Close()) }()
 	reception, err := f.expect(c, name, f.luns, names)
 	if err != nil {
@@ -112,9 +112,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	signals := catchStop()
-	defer signals.release()
-	ctx, keep := signals.context(waiting)
+	ctx, keep := signals.context(c.Context())
 	defer keep()
 	warn(fmt.Sprintf("waiting for a guest at %v", address))
 	if err := f.background.ready("%s waits in the background for a guest at %v (pid %d)", name, address, os.Getpid()); err != nil {

@@ -213,9 +213,7 @@ func (f *runFlags) run(c *cobra.Command, name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	signals := catchStop()
-	defer signals.release()
-	return f.supervise(c, signals, claim, m, cfg.Warn, func() error { return m.Run(c.Context()) })
+	return f.supervise(c, catchStop(), claim, m, cfg.Warn, func() error { return m.Run(c.Context()) })
 }
 
 // settle removes what a crash has left of this host's reservations, before a
@@ -323,7 +321,8 @@ func (f *foreground) port() (io.ReadWriteCloser, error) {
 
 // supervise stays with a machine until run returns, which it does when the
 // guest has ended: it serves the control API, types what a person types, and
-// presses the power button on a signal.
+// presses the power button on a signal. What closes the machine then can be
+// ended by one.
 func (f *foreground) supervise(c *cobra.Command, signals stopSignals, claim *control.Claim, m *machine.Machine, warn func(string), run func() error) error {
 	if err := f.background.openLog(claim.Dir(), claim.Name()); err != nil {
 		return err
@@ -366,6 +365,7 @@ func (f *foreground) supervise(c *cobra.Command, signals stopSignals, claim *con
 		}()
 	}
 
+	defer signals.release()
 	ended := make(chan struct{})
 	defer close(ended)
 	go stopOnSignal(signals, ended, f.stopTimeout, m.PowerButton, force, warn)

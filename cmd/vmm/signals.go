@@ -7,9 +7,9 @@ import (
 	"syscall"
 )
 
-// stopSignals are the signals that ask this process to end, in the order in
-// which they come. From catchStop on none is lost, and none ends the process by
-// itself, whoever minds them at the moment.
+// stopSignals are the signals that ask this process to end. From catchStop on
+// none ends it by itself, whoever minds them at the moment, and the first two
+// are never lost: more say nothing new.
 type stopSignals chan os.Signal
 
 func catchStop() stopSignals {
@@ -21,17 +21,26 @@ func catchStop() stopSignals {
 // release leaves them to what they do by default.
 func (s stopSignals) release() { signal.Stop(s) }
 
+// stop is one more, without a sender.
+func (s stopSignals) stop() {
+	select {
+	case s <- syscall.SIGTERM:
+	default:
+	}
+}
+
 // context is one that ends with a signal, while a guest is waited for. From
 // keep on they are the guest's: also one that has come, if there is a guest in
 // spite of it. A second keep does nothing.
 func (s stopSignals) context(parent context.Context) (ctx context.Context, keep func()) {
 	ctx, cancel := context.WithCancel(parent)
 	done := make(chan struct{})
-	var came os.Signal
+	came := false
 	go func() {
 		defer close(done)
 		select {
-		case came = <-s:
+		case <-s:
+			came = true
 			cancel()
 		case <-ctx.Done():
 		}
@@ -39,12 +48,9 @@ func (s stopSignals) context(parent context.Context) (ctx context.Context, keep 
 	return ctx, func() {
 		cancel()
 		<-done
-		if came != nil {
-			select {
-			case s <- came:
-			default: // there are enough of them
-			}
-			came = nil
+		if came {
+			s.stop()
+			came = false
 		}
 	}
 }

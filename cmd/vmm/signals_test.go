@@ -13,28 +13,32 @@ import (
 func TestStopSignals(t *testing.T) {
 	s := catchStop()
 	defer s.release()
-	for _, waiting := range []bool{true, false} {
-		ctx, keep := s.context(t.Context())
-		if waiting {
-			if err := unix.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
-				t.Fatal(err)
+	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP} {
+		for _, waiting := range []bool{true, false} {
+			ctx, keep := s.context(t.Context())
+			send := func() {
+				t.Helper()
+				if err := unix.Kill(os.Getpid(), sig); err != nil {
+					t.Fatal(err)
+				}
 			}
-			<-ctx.Done()
-		}
-		keep()
-		if !waiting {
-			if err := unix.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
-				t.Fatal(err)
+			want := os.Signal(sig)
+			if waiting {
+				send()
+				<-ctx.Done()
+				want = syscall.SIGTERM // whichever it was
 			}
-		}
-		keep()
-		if got := <-s; got != syscall.SIGHUP {
-			t.Errorf("waiting %v: the guest gets %v; want SIGHUP", waiting, got)
-		}
-		select {
-		case got := <-s:
-			t.Errorf("waiting %v: the guest gets %v as well", waiting, got)
-		default:
+			keep()
+			if !waiting {
+				send()
+			}
+			keep()
+			if got := <-s; got != want {
+				t.Errorf("%v, waiting %v: the guest gets %v; want %v", sig, waiting, got, want)
+			}
+			if len(s) > 0 {
+				t.Errorf("%v, waiting %v: the guest gets %v as well", sig, waiting, <-s)
+			}
 		}
 	}
 }
