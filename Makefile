@@ -59,7 +59,7 @@ lab: ## a shell in a lab host: nested KVM, LIO, the tools
 bench: build ## side by side with QEMU, and the controller's own benchmarks
 	$(call setup,$(BUILD_NEEDS) $(LAB_NEEDS))
 	go test -run '^$$' -bench 'SCSI|Queue|RoundTrip' ./virtio
-	@if [ -w /dev/kvm ]; then go run ./tests/bench; else echo "bench: no /dev/kvm here: how fast memory moves is not measured"; fi
+	@if [ -w /dev/kvm ]; then go run ./tests/bench; else echo "bench: no /dev/kvm here: how fast a guest moves is not measured"; fi
 	@./scripts/guests bench
 
 fuzz: ## every fuzzer for 10 minutes (FUZZTIME=...)

@@ -35,8 +35,8 @@ type shape struct {
 }
 
 // kernel writes the guest's code as a kernel.
-func (s *shape) kernel(dir string) (path string, err error) {
-	path = filepath.Join(dir, "kernel")
+func (s *shape) kernel(dir, who string) (path string, err error) {
+	path = filepath.Join(dir, "kernel-"+who)
 	return path, boottest.WriteKernel(path, s.code)
 }
 
@@ -84,6 +84,16 @@ func (g *guest) wait(out *lab.Output, ready func(text string) bool) error {
 		return g.failed(err)
 	}
 	return nil
+}
+
+// still has the monitor stand still, so that what another one is measured at
+// has the machine to itself, until it is called with false.
+func (g *guest) still(on bool) {
+	if on {
+		g.cmd.Process.Signal(syscall.SIGSTOP)
+	} else {
+		g.cmd.Process.Signal(syscall.SIGCONT)
+	}
 }
 
 func (g *guest) kill() {
@@ -165,7 +175,7 @@ type vmmPair struct {
 }
 
 func newVMM(program, dir string, s shape) (*vmmPair, error) {
-	kernel, err := s.kernel(dir)
+	kernel, err := s.kernel(dir, "vmm")
 	if err != nil {
 		return nil, err
 	}
@@ -246,12 +256,11 @@ type qemuPair struct {
 	qmp   *qmp.Monitor
 }
 
-// newQEMU makes a guest that runs, or only has memory.
-func newQEMU(dir string, s shape, runs bool) (*qemuPair, error) {
-	p := &qemuPair{dir: dir, shape: s, runs: runs}
+func newQEMU(dir string, s shape) (*qemuPair, error) {
+	p := &qemuPair{dir: dir, shape: s, runs: s.code != nil}
 	more := []string{"-S"}
-	if runs {
-		kernel, err := s.kernel(dir)
+	if p.runs {
+		kernel, err := s.kernel(dir, "qemu")
 		if err != nil {
 			return nil, err
 		}
@@ -261,7 +270,7 @@ func newQEMU(dir string, s shape, runs bool) (*qemuPair, error) {
 	if p.at, p.qmp, err = p.start(more...); err != nil {
 		return nil, err
 	}
-	if runs {
+	if p.runs {
 		err = p.at.prints()
 	}
 	if err == nil {

@@ -68,7 +68,7 @@ func stream(vmm string, size, rounds int) error {
 		return err
 	}
 	defer ours.close()
-	theirs, err := newQEMU(dir, shape{size, size, nil}, false)
+	theirs, err := newQEMU(dir, shape{size, size, nil})
 	if err != nil {
 		return err
 	}

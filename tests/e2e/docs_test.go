@@ -71,7 +71,7 @@ type reader struct {
 	variables string   // that the page has set
 }
 
-var noCommand = regexp.MustCompile(`^[A-Z](: | (takes|gives|runs|undoes|journals))|invariant \d|^\{|^blacklist \{`)
+var noCommand = regexp.MustCompile(`^[A-Z](: | (takes|gives|runs|undoes|journals))|.*  invariant \d: |^\{|^blacklist \{`)
 
 // open turns to a page; the one before has been read to its end.
 func (r *reader) open(page string) {
@@ -245,8 +245,9 @@ func certify(dir string, names ...string) error {
 		os.WriteFile(filepath.Join(dir, migration.FileKey), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600))
 }
 
-// Every command of the README and of the pages is run, in their order, as
-// somebody would who has the host to himself; so that is a host of the lab. What
+// Every command in a code block of the README and of the pages is run, in their
+// order, as somebody would who has the host to himself; so that is a host of the
+// lab. Commands within sentences TestDocumentedCommands looks at. What
 // belongs to another program than vmm, and is not there, is named with its
 // reason. The guest is one of a few instructions.
 func TestDocs(t *testing.T) {
@@ -263,6 +264,9 @@ func TestDocs(t *testing.T) {
 	for _, p := range all {
 		r.pages[p.Path] = p
 	}
+	t.Cleanup(func() {
+		exec.Command("sh", "-c", "vmm stop web1 --force; vmm stop web2 --force; rm -rf /etc/vmm /usr/local/bin/vmm /usr/local/sbin/sudo /usr/local/share/man /etc/systemd /boot/vmlinuz-* /boot/initrd.img-*").Run()
+	})
 	// A host that has a Debian kernel, a checkout and images; sudo is for somebody
 	// who is not root.
 	kernel := local(t, "uname -r")
@@ -288,9 +292,6 @@ func TestDocs(t *testing.T) {
 	if err := certify("/etc/vmm/tls", "host2", "host2.example.org"); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		exec.Command("sh", "-c", "rm -rf /etc/vmm /usr/local/bin/vmm /usr/local/sbin/sudo /boot/vmlinuz-* /boot/initrd.img-*").Run()
-	})
 
 	r.open("docs/quickstart.md")
 	r.elsewhere("it has brought what is installed next", "make build")
@@ -338,7 +339,7 @@ func TestDocs(t *testing.T) {
 	r.succeeds(host1, "vmm stop web1", "")
 
 	r.open("README.md")
-	r.elsewhere("they run this test", "make demo", "make test")
+	r.elsewhere("the one shows a migration, the other runs this test", "make demo", "make test")
 	r.elsewhere("it has brought what is run next", "make build")
 	r.does(host1, ".build/vmm doctor", examined)
 	v, web1 = r.stays(host1, ".build/vmm run web1 ", up)
