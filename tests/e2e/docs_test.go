@@ -71,7 +71,7 @@ type reader struct {
 	variables string   // that the page has set
 }
 
-var noCommand = regexp.MustCompile(`^[A-Z](: | (takes|gives|runs|undoes|journals))|.*  invariant \d: |^\{|^blacklist \{`)
+var noCommand = regexp.MustCompile(`^[A-Z](: | (takes|gives|runs|undoes|journals))|^(.*  )?invariant \d: |^\{|^blacklist \{`)
 
 // open turns to a page; the one before has been read to its end.
 func (r *reader) open(page string) {
