@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"os/signal"
-	"syscall"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -111,8 +108,7 @@ func (s *shower) saving(name string, m *vmmv1.SaveResponse) error {
 // cancelOnSignal has a signal give up what moves the guest, until stop is
 // called; its end is still waited for, and told.
 func cancelOnSignal(client *control.Client) (stop func()) {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	signals := catchStop()
 	over := make(chan struct{})
 	go func() {
 		select {
@@ -122,7 +118,7 @@ func cancelOnSignal(client *control.Client) (stop func()) {
 		}
 	}()
 	return func() {
-		signal.Stop(signals)
+		signals.release()
 		close(over)
 	}
 }

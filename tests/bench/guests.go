@@ -249,7 +249,6 @@ func (p *vmmPair) move(n int) (m moved, err error) {
 type qemuPair struct {
 	dir   string
 	shape shape
-	runs  bool
 	sum   uint32
 	moves int
 	at    *guest
@@ -257,9 +256,9 @@ type qemuPair struct {
 }
 
 func newQEMU(dir string, s shape) (*qemuPair, error) {
-	p := &qemuPair{dir: dir, shape: s, runs: s.code != nil}
+	p := &qemuPair{dir: dir, shape: s}
 	more := []string{"-S"}
-	if p.runs {
+	if p.runs() {
 		kernel, err := s.kernel(dir, "qemu")
 		if err != nil {
 			return nil, err
@@ -270,7 +269,7 @@ func newQEMU(dir string, s shape) (*qemuPair, error) {
 	if p.at, p.qmp, err = p.start(more...); err != nil {
 		return nil, err
 	}
-	if p.runs {
+	if p.runs() {
 		err = p.at.prints()
 	}
 	if err == nil {
@@ -283,6 +282,8 @@ func newQEMU(dir string, s shape) (*qemuPair, error) {
 }
 
 func (p *qemuPair) guest() *guest { return p.at }
+
+func (p *qemuPair) runs() bool { return p.shape.code != nil }
 
 func (p *qemuPair) close() { p.at.kill() }
 
@@ -314,14 +315,14 @@ func (p *qemuPair) move(n int) (m moved, err error) {
 	}
 	p.moves++
 	more := []string{"-incoming", "defer"}
-	if !p.runs {
+	if !p.runs() {
 		more = append(more, "-S")
 	}
 	next, monitor, err := p.start(more...)
 	if err != nil {
 		return m, err
 	}
-	o := qmp.Options{Downtime: downtime, AutoConverge: p.runs}
+	o := qmp.Options{Downtime: downtime, AutoConverge: p.runs()}
 	if n > 1 {
 		o.Channels = n
 	}
