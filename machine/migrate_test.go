@@ -72,7 +72,7 @@ func receiving(t *testing.T, r migration.Host, state string) (dial func(context.
 				}
 				a.Wait()
 				a.Close()
-				<-got.a.Answered
+				got.a.Leave()
 			})
 			return a
 		}

@@ -137,6 +137,41 @@ func cut(t *testing.T, typ pr.Type, p *proxy) {
 	}
 }
 
+// Who gives up waiting when the guest is handed over has the guest. The source
+// whose link is lost at that moment hears of it all the same: it asks.
+func TestGivenUpTooLate(t *testing.T) {
+	r := newRig(t, 1<<20, reserved(pr.WriteExclusiveRegistrantsOnly))
+	r.opts.Deadlines, r.recv.Deadlines = shortly, shortly
+	p := &proxy{cutAt: -1}
+	r.proxy(p)
+	r.host.inRun = func() {
+		r.giveUp()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.cutAt = len(p.seen) // RUNNING
+	}
+	arrived := r.receiving()
+	var err error
+	within(t, "the migration", func() { _, err = r.migrate() })
+	if err != nil {
+		t.Errorf("Run = %v; want the guest to be gone", err)
+	}
+	within(t, "the destination", func() {
+		a := <-arrived
+		if a == nil {
+			t.Fatal("no guest has arrived")
+		}
+		<-a.Answered
+	})
+	if runs := r.src.g.runs.Load(); runs != 1 {
+		t.Errorf("the guest runs %d times", runs)
+	}
+	if p.mu.Lock(); !p.cut {
+		t.Error("nothing was cut")
+	}
+	p.mu.Unlock()
+}
+
 // The operator says that the destination is dead. The guest comes back with
 // its reservation, if the disk still has it.
 func TestForce(t *testing.T) {

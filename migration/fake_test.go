@@ -229,6 +229,7 @@ type fakeHost struct {
 	luns    []*LUN
 	size    uint64
 	inLoad  func()
+	inRun   func()
 	offered func(Offer) // in Prepare
 	loadErr error
 	runErr  error
@@ -297,6 +298,9 @@ func (d *fakeDest) Load(state *vmmv1.MachineState) error {
 func (d *fakeDest) Run() error {
 	if d.h.runErr != nil {
 		return d.h.runErr
+	}
+	if d.h.inRun != nil {
+		d.h.inRun()
 	}
 	d.ran = true
 	d.h.g.run()
@@ -438,6 +442,7 @@ type rig struct {
 	security Security
 	opts     Options
 	recv     ReceiveOptions
+	giveUp   context.CancelFunc // what Receive waits by; of receiving
 	settledS map[string]pr.Outcome
 	settledD map[string]pr.Outcome
 	mu       sync.Mutex
@@ -489,8 +494,9 @@ func (r *rig) receiving() (arrived <-chan *Arrival) {
 		}
 	}
 	ctx, cancel := context.WithCancel(context.Background())
+	r.giveUp = cancel
 	ch := make(chan *Arrival, 1)
-	done := make(chan struct{})
+	over, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
 		a, err := Receive(ctx, ln, r.host, r.recv)
@@ -500,11 +506,16 @@ func (r *rig) receiving() (arrived <-chan *Arrival) {
 		ch <- a
 		if a != nil {
 			r.Cleanup(func() { a.Machine.(*fakeDest).ram.Close() })
-			<-a.Answered
+			select {
+			case <-a.Answered:
+			case <-over:
+				a.Leave()
+			}
 		}
 	}()
 	r.Cleanup(func() {
 		cancel()
+		close(over)
 		<-done
 	})
 	return ch

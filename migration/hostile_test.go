@@ -87,7 +87,8 @@ func TestHostileSource(t *testing.T) {
 		go func() {
 			a, _ := Receive(ctx, ln, r.host, r.recv)
 			if a != nil {
-				<-a.Answered
+				<-ctx.Done()
+				a.Leave()
 				a.Machine.Close()
 			}
 			arrived <- a

@@ -38,13 +38,23 @@ type Arrival struct {
 	Machine  Destination
 	LUNs     []LUNOutcome
 	Answered <-chan struct{} // closed when no source needs an answer any more
+
+	leave context.CancelFunc
+}
+
+// Leave ends the answering, as when the guest has ended. That it ran here stays
+// in the journal.
+func (a *Arrival) Leave() {
+	a.leave()
+	<-a.Answered
 }
 
 // Receive waits on ln for a guest and returns when it runs here. Migrations
 // that come to nothing are told to Warn, and it goes on waiting. It owns ln:
 // after a return without an error it keeps answering the source until that
-// knows the result, or Deadlines.Answer has passed, or ctx ends, then closes
-// ln and Answered.
+// knows the result, or Deadlines.Answer has passed, or Leave, then closes ln
+// and Answered. The end of ctx ends the waiting, and a migration before its
+// COMMIT; a guest that is handed over has come in spite of it.
 //
 // An error is ctx's, ln's, the journal's, or ErrBlocked: a guest came, was
 // handed over, and cannot run here.
@@ -63,17 +73,17 @@ func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOption
 		ln.Close()
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	life, leave := context.WithCancel(context.WithoutCancel(ctx))
 	r := &receiver{
 		host: host, opts: opts, verdicts: j, intents: luns,
 		control: make(chan *hello), data: make(chan dataConn), acked: make(chan ID, 1), failed: make(chan error, 1),
 	}
 	stop := func() {
-		cancel()
+		leave()
 		ln.Close()
 		r.wg.Wait()
 	}
-	r.wg.Go(func() { r.accept(ctx, ln) })
+	r.wg.Go(func() { r.accept(life, ln) })
 	for {
 		select {
 		case <-ctx.Done():
@@ -90,10 +100,10 @@ func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOption
 			arrived, err := a.run(ctx, h)
 			if err == nil {
 				answered := make(chan struct{})
-				arrived.Answered = answered
+				arrived.Answered, arrived.leave = answered, leave
 				go func() {
 					defer close(answered)
-					a.linger(ctx)
+					a.linger(life)
 					stop()
 				}()
 				return arrived, nil

@@ -287,7 +287,7 @@ func (r *restoring) run(f *os.File, mark byte) (*Arrival, error) {
 	r.takeover.close()
 	answered := make(chan struct{})
 	close(answered) // nobody asks
-	return &Arrival{ID: r.id, Machine: r.machine, LUNs: outcomes, Answered: answered}, nil
+	return &Arrival{ID: r.id, Machine: r.machine, LUNs: outcomes, Answered: answered, leave: func() {}}, nil
 }
 
 // stuck is the end of a guest that could not be run. Where nothing has moved

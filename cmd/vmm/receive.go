@@ -119,12 +119,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 		ln.Close()
 		return err
 	}
-	// Once it is here a signal is the guest's power button, and the source may
-	// still have to hear that it is.
-	life, end := context.WithCancel(context.WithoutCancel(ctx))
-	defer end()
-	tied := context.AfterFunc(ctx, end)
-	got, err := migration.Receive(life, ln, reception, migration.ReceiveOptions{
+	got, err := migration.Receive(ctx, ln, reception, migration.ReceiveOptions{
 		StateDir: reception.StateDir,
 		Warn:     func(err error) { warn(err.Error()) },
 		GivenUp: func() {
@@ -140,12 +135,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 		}
 		return err
 	}
-	tied()
-	keep()
-	err = f.stay(c, signals, names, warn, got)
-	// A guest that is gone needs no answer to whether it runs; the verdict that
-	// it did stays in the journal.
-	end()
-	<-got.Answered
-	return err
+	keep() // once it is here a signal is the guest's power button
+	defer got.Leave()
+	return f.stay(c, signals, names, warn, got)
 }
