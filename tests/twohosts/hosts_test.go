@@ -155,13 +155,13 @@ func startPair(t *testing.T) *pair {
 	if err != nil {
 		t.Fatal(err)
 	}
-	start := func(name string, number int, memory int64, processor string, storage, move *os.File) *host {
+	start := func(name string, number int, memory int64, storage, move *os.File, more ...string) *host {
 		h := &host{t: t, name: name, address: fmt.Sprintf("10.2.0.%d", number)}
 		ctx, cancel := context.WithTimeout(t.Context(), startTime)
 		defer cancel()
 		var err error
 		h.Host, err = lab.Start(ctx, lab.Config{
-			Name: name, Memory: memory, Share: stage, Programs: []string{"vmm"}, Initiator: true, QEMU: []string{"-cpu", processor},
+			Name: name, Memory: memory, Share: stage, Programs: []string{"vmm"}, Initiator: true, QEMU: more,
 			NICs: []lab.NIC{{End: storage, Address: fmt.Sprintf("10.1.0.%d/24", number)}, {End: move, Address: h.address + "/24"}},
 		})
 		if err != nil {
@@ -172,8 +172,8 @@ func startPair(t *testing.T) *pair {
 	}
 	var wg sync.WaitGroup
 	// They are not alike: host two has less memory, and a processor without adx.
-	wg.Go(func() { p.one = start("one", 1, 2560<<20, "max,+svm,+npt", storageOne, moveOne) })
-	wg.Go(func() { p.two = start("two", 2, 1024<<20, "max,+svm,+npt,-adx", storageTwo, moveTwo) })
+	wg.Go(func() { p.one = start("one", 1, 2560<<20, storageOne, moveOne) })
+	wg.Go(func() { p.two = start("two", 2, 1024<<20, storageTwo, moveTwo, "-cpu", lab.Processor+",-adx") })
 	wg.Wait()
 	// The initiator's host goes first: a session without its target waits.
 	for _, h := range []*host{p.one, p.two} {
