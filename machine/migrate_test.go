@@ -186,6 +186,34 @@ func TestFind(t *testing.T) {
 		}
 		f.Close()
 	}
+	// A source on this host shows that it reads the file: nobody else has to.
+	shown := want
+	shown.SHA256 = sha256.Sum256(nil)
+	for _, tt := range []struct {
+		name  string
+		flags int
+		has   bool
+	}{
+		{"same", os.O_RDONLY, true}, {"same", os.O_RDWR, true},
+		{"same", os.O_WRONLY, false}, {"same", unix.O_PATH, false}, {"other", os.O_RDONLY, false},
+	} {
+		their, err := os.OpenFile(path(tt.name), tt.flags, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown.Data = their
+		f := find(t.Context(), path("same"), shown)
+		if (f != nil) != tt.has {
+			t.Errorf("find(same) with %s shown, opened with %#x = %v; want it found: %v", tt.name, tt.flags, f, tt.has)
+		}
+		if f != nil {
+			f.Close()
+		}
+		their.Close()
+		if f := find(t.Context(), path("same"), shown); f != nil {
+			t.Errorf("find(same) with a closed file shown = %v", f)
+		}
+	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	if f := find(ended, path("same"), want); f != nil {

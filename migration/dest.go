@@ -165,11 +165,9 @@ func (a *arrival) prepare(ctx context.Context, saved bool) error {
 	}
 	ctx, done := context.WithTimeout(ctx, a.r.opts.Deadlines.Connect)
 	defer done()
-	var err error
-	if a.local {
-		if err = a.handed.take(h, &offer); err != nil {
-			return err
-		}
+	err := a.handed.take(h, a.local, &offer)
+	if err != nil {
+		return err
 	}
 	a.machine, err = a.r.host.Prepare(ctx, offer)
 	a.handed.close()

@@ -40,24 +40,38 @@ var errShared = errors.New("its memory is that of the process which it was hande
 // those that are kept for whoever sends them.
 const maxFiles = 253
 
-// handOver makes the offer, with the files beside it.
-func (o *Outgoing) handOver(hello *vmmv1.Hello) error {
+// offer makes the offer. Through a unix socket its files go beside it: those
+// that a local migration hands over, and in any case those attachments that are
+// files, which the destination may have itself.
+func (o *Outgoing) offer(hello *vmmv1.Hello) error {
 	u, ok := o.link.conn.(*net.UnixConn)
 	if !ok {
-		return fmt.Errorf("%w: memory can be handed over by a unix socket alone", ErrRefused)
+		if o.opts.Local {
+			return fmt.Errorf("%w: memory can be handed over by a unix socket alone", ErrRefused)
+		}
+		return o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}})
 	}
-	hello.Channels, hello.Features = 0, []string{featureLocal}
-	files := []*os.File{o.src.RAM().File()}
-	for i, l := range o.src.LUNs() {
-		hello.Luns[i].Held = uint32(len(l.Held))
-		files = append(files, l.Held...)
+	var files []*os.File
+	if o.opts.Local {
+		hello.Channels, hello.Features = 0, []string{featureLocal}
+		files = []*os.File{o.src.RAM().File()}
+		for i, l := range o.src.LUNs() {
+			hello.Luns[i].Held = uint32(len(l.Held))
+			files = append(files, l.Held...)
+		}
+		if o.opts.Name != nil {
+			hello.Name = true
+			files = append(files, o.opts.Name)
+		}
+		if len(files) > 1 {
+			hello.Features = append(hello.Features, featureHeld)
+		}
 	}
-	if o.opts.Name != nil {
-		hello.Name = true
-		files = append(files, o.opts.Name)
-	}
-	if len(files) > 1 {
-		hello.Features = append(hello.Features, featureHeld)
+	for i, a := range o.src.Attachments() {
+		if f, ok := a.Data.(*os.File); ok {
+			hello.Attachments[i].Beside = true
+			files = append(files, f)
+		}
 	}
 	if len(files) > maxFiles {
 		return fmt.Errorf("%w: %d files would go to the other process, those of %d LUNs among them, and a unix socket takes %d at a time: detach some of the LUNs first",
@@ -69,7 +83,11 @@ func (o *Outgoing) handOver(hello *vmmv1.Hello) error {
 	}
 	err = o.link.put(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}}, func(b []byte) error {
 		return descriptors(files, nil, func(fds []int) error {
-			n, _, err := u.WriteMsgUnix(b, unix.UnixRights(fds...), nil)
+			var rights []byte
+			if len(fds) > 0 {
+				rights = unix.UnixRights(fds...)
+			}
+			n, _, err := u.WriteMsgUnix(b, rights, nil)
 			if err == nil && n < len(b) {
 				_, err = u.Write(b[n:])
 			}
@@ -134,33 +152,54 @@ func (r *fileReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// take gives the offer its files. The memory is the caller's from here on, the
-// rest is closed with r. What they are, nobody has looked at.
-func (r *fileReader) take(h *vmmv1.Hello, offer *Offer) error {
-	want := uint64(1)
-	for _, l := range h.Luns {
-		want += uint64(l.GetHeld())
-	}
-	if h.Name {
+// take gives the offer its files. The memory of a local migration is the
+// caller's from here on, the rest is closed with r. What they are, nobody has
+// looked at.
+func (r *fileReader) take(h *vmmv1.Hello, local bool, offer *Offer) error {
+	want := uint64(0)
+	if local {
 		want++
+		for _, l := range h.Luns {
+			want += uint64(l.GetHeld())
+		}
+		if h.Name {
+			want++
+		}
+	}
+	for _, a := range h.Attachments {
+		if a.GetBeside() {
+			want++
+		}
 	}
 	got := 0
 	if r != nil {
 		got = len(r.files)
 	}
 	if uint64(got) != want {
-		return errProtocol("%d files came beside the offer, where %d are due: the guest's memory, and what keeps others off", got, want)
+		return errProtocol("%d files came beside the offer, where %d are due: the guest's memory, what keeps others off, kernel and initrd", got, want)
 	}
-	offer.Memory = r.files[0]
-	r.files = r.files[1:]
+	if want == 0 {
+		return nil
+	}
 	at := 0
-	for i, l := range h.Luns {
-		n := int(l.GetHeld())
-		offer.LUNs[i].Held = r.files[at : at+n : at+n]
-		at += n
+	if local {
+		offer.Memory = r.files[0]
+		r.files = r.files[1:]
+		for i, l := range h.Luns {
+			n := int(l.GetHeld())
+			offer.LUNs[i].Held = r.files[at : at+n : at+n]
+			at += n
+		}
+		if h.Name {
+			offer.Name = r.files[at]
+			at++
+		}
 	}
-	if h.Name {
-		offer.Name = r.files[at]
+	for i, a := range h.Attachments {
+		if a.GetBeside() {
+			offer.Attachments[i].Data = r.files[at]
+			at++
+		}
 	}
 	return nil
 }

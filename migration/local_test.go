@@ -80,6 +80,66 @@ func TestLocal(t *testing.T) {
 	}
 }
 
+// The source's own files are shown to a destination on the same host, whatever
+// else goes along, and to nobody else.
+func TestFilesBesideTheOffer(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		with  func(*rig)
+		shown bool
+	}{
+		{"unix", func(*rig) {}, true},
+		{"local", func(r *rig) { r.opts.Local = true }, true},
+		{"tcp", func(r *rig) {
+			var err error
+			if r.ln, err = Listen(Address{"tcp", "127.0.0.1:0"}, Security{}, nil); err != nil {
+				t.Fatal(err)
+			}
+			r.dial = Address{"tcp", r.ln.Addr().String()}
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file, err := os.CreateTemp(t.TempDir(), "initrd")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			content := []byte("what a reset loads")
+			if _, err := file.Write(content); err != nil {
+				t.Fatal(err)
+			}
+			r := newRig(t, 1<<20, reserved(pr.WriteExclusive))
+			tt.with(r)
+			r.src.files = []Attachment{attachment("kernel", content), attachment("initrd", content)}
+			r.src.files[1].Data = file
+			r.host.offered = func(o Offer) {
+				if o.Attachments[0].Data != nil {
+					t.Errorf("the kernel, which is in no file, was shown as %v", o.Attachments[0].Data)
+				}
+				their, ok := o.Attachments[1].Data.(*os.File)
+				if ok != tt.shown {
+					t.Fatalf("the initrd was shown: %v; want %v", ok, tt.shown)
+				}
+				if !ok {
+					return
+				}
+				want, _ := inode(t, file)
+				if got, _ := inode(t, their); got != want {
+					t.Errorf("inode %d was shown for the initrd; want %d", got, want)
+				}
+			}
+			arrived := r.receiving()
+			if _, err := r.migrate(); err != nil {
+				t.Fatal(err)
+			}
+			dst := (<-arrived).Machine.(*fakeDest)
+			if !bytes.Equal(dst.files[1].Bytes(), content) {
+				t.Errorf("the initrd arrived as %q; want %q: this destination has said that it has none", dst.files[1].Bytes(), content)
+			}
+		})
+	}
+}
+
 // What fails before COMMIT leaves the source with its memory, whatever the
 // destination had mapped; what is refused is refused as ever.
 func TestLocalKept(t *testing.T) {
@@ -371,6 +431,9 @@ func TestHostileMemory(t *testing.T) {
 		{"two files", []*os.File{memfd(1<<20, sealed), memfd(1<<20, sealed)}, "3 files came beside the offer, where 2 are due", nil},
 		{"a LUN's file is missing", []*os.File{memfd(1<<20, sealed)}, "2 files came beside the offer, where 4 are due", held(2)},
 		{"the name's lock is missing", []*os.File{memfd(1<<20, sealed)}, "2 files came beside the offer, where 3 are due", func(h *vmmv1.Hello) { h.Name = true }},
+		{"the kernel is missing", []*os.File{memfd(1<<20, sealed)}, "2 files came beside the offer, where 3 are due", func(h *vmmv1.Hello) {
+			h.Attachments = []*vmmv1.Attachment{{Name: "kernel", Sha256: make([]byte, sha256.Size), Beside: true}}
+		}},
 		{"more than there can be", []*os.File{memfd(1<<20, sealed)}, "where 17179869182 are due", held(math.MaxUint32, math.MaxUint32, math.MaxUint32, math.MaxUint32)},
 		{"the memory behind a LUN's file", []*os.File{plain, memfd(1<<20, sealed)}, "seals", held(1)},
 		{"a file that can shrink", []*os.File{memfd(1<<20, unix.F_SEAL_GROW)}, "not sealed", nil},

@@ -126,7 +126,10 @@ type Attachment struct {
 	Name   string
 	Size   int64 // bytes
 	SHA256 [sha256.Size]byte
-	Data   io.ReaderAt // of the source; nil in an offer
+	// Data is the source's. In an offer it is a file that the source has open
+	// on this host and says it is, or nil: not to be kept, and nobody has looked
+	// at it.
+	Data io.ReaderAt
 }
 
 // OfferedLUN is one of the guest's logical units as the source says that it

@@ -245,12 +245,7 @@ func (o *Outgoing) negotiate() error {
 	}
 	o.link = newLink(conn, o.id, o.opts.Deadlines.Idle)
 	hello := offerOf(o.src, o.opts.Channels)
-	if o.opts.Local {
-		err = o.handOver(hello)
-	} else {
-		err = o.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Hello{Hello: hello}})
-	}
-	if err != nil {
+	if err := o.offer(hello); err != nil {
 		return err
 	}
 	if err := o.wait(o.opts.Deadlines.Connect, func() bool { return o.state != offered }); err != nil {

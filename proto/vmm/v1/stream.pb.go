@@ -473,8 +473,8 @@ type Hello struct {
 	// Channels is the number of data connections, 1 to 64.
 	Channels    uint32        `protobuf:"varint,7,opt,name=channels,proto3" json:"channels,omitempty"`
 	Attachments []*Attachment `protobuf:"bytes,8,rep,name=attachments,proto3" json:"attachments,omitempty"`
-	// Name says that the lock on the guest's name comes beside this message, as
-	// the last file (see HostLun.held).
+	// Name says that the lock on the guest's name comes beside this message,
+	// behind the LUNs' files (see HostLun.held).
 	Name          bool `protobuf:"varint,9,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -576,10 +576,14 @@ func (x *Hello) GetName() bool {
 // Attachment is a file that moves with the guest, such as the kernel that a
 // reset loads again.
 type Attachment struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Size          uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"` // bytes
-	Sha256        []byte                 `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Size   uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"` // bytes
+	Sha256 []byte                 `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// Beside says that the source's open file comes beside this message, behind
+	// those of the LUNs and the name, by which a destination on the same host
+	// knows the file for its own without reading it.
+	Beside        bool `protobuf:"varint,4,opt,name=beside,proto3" json:"beside,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -633,6 +637,13 @@ func (x *Attachment) GetSha256() []byte {
 		return x.Sha256
 	}
 	return nil
+}
+
+func (x *Attachment) GetBeside() bool {
+	if x != nil {
+		return x.Beside
+	}
+	return false
 }
 
 // AttachmentChunk is the next part of an attachment.
@@ -1833,12 +1844,13 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x04luns\x18\x06 \x03(\v2\x0f.vmm.v1.HostLunR\x04luns\x12\x1a\n" +
 	"\bchannels\x18\a \x01(\rR\bchannels\x124\n" +
 	"\vattachments\x18\b \x03(\v2\x12.vmm.v1.AttachmentR\vattachments\x12\x12\n" +
-	"\x04name\x18\t \x01(\bR\x04name\"L\n" +
+	"\x04name\x18\t \x01(\bR\x04name\"d\n" +
 	"\n" +
 	"Attachment\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x16\n" +
-	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"E\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\x12\x16\n" +
+	"\x06beside\x18\x04 \x01(\bR\x06beside\"E\n" +
 	"\x0fAttachmentChunk\x12\x1e\n" +
 	"\n" +
 	"attachment\x18\x01 \x01(\rR\n" +
