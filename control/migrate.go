@@ -9,6 +9,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"vmm/internal/sys"
 	"vmm/migration"
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
@@ -239,6 +240,11 @@ func (s *service) outlive(ctx context.Context, o *outgoing, do func(context.Cont
 	go func() {
 		defer end()
 		do(life)
+		if o.err == nil {
+			// What is left is to free the guest's memory. Where the guest has
+			// gone may be the next process.
+			_ = sys.GiveWay()
+		}
 		s.migration.end(o)
 		if o.err == nil {
 			_ = s.machine.Stop() // it may have ended by itself

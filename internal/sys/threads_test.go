@@ -1,0 +1,63 @@
+package sys
+
+import (
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// All threads give way, those that come later too.
+func TestGiveWay(t *testing.T) {
+	if os.Getenv("GIVE_WAY") == "" { // the priority of these tests stays what it is
+		c := exec.Command(os.Args[0], "-test.run=^TestGiveWay$")
+		c.Env = append(os.Environ(), "GIVE_WAY=1")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		return
+	}
+	before, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var threads sync.WaitGroup
+	done := make(chan struct{})
+	more := func(n int) {
+		var up sync.WaitGroup
+		for range n {
+			up.Add(1)
+			threads.Go(func() {
+				runtime.LockOSThread()
+				up.Done()
+				<-done
+			})
+		}
+		up.Wait()
+	}
+	more(5)
+	if err := GiveWay(); err != nil {
+		t.Error(err)
+	}
+	more(5)
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil || len(tasks) < 11 {
+		t.Fatalf("%d threads, %v; want those that were begun", len(tasks), err)
+	}
+	for _, task := range tasks {
+		tid, err := strconv.Atoi(task.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The system call's result is 20 less the nice value (getpriority(2)).
+		if p, err := unix.Getpriority(unix.PRIO_PROCESS, tid); err != nil || p != min(before, 10) {
+			t.Errorf("thread %d has priority %d, %v; want %d, before it was %d", tid, p, err, min(before, 10), before)
+		}
+	}
+	close(done)
+	threads.Wait()
+}
