@@ -9,6 +9,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,22 +45,29 @@ type Server struct {
 // the program. The claim stays the caller's to close, after the server.
 func NewServer(c *Claim, m Machine, version string) *Server {
 	service := &service{machine: m, dir: c.dir, claim: c, version: version}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /events", service.eventLines)
-	mux.Handle("GET "+MetricsPath, service.metricsHandler())
-	mux.HandleFunc("GET "+consolePath, service.consoleText)
-	return newServer(c, service, mux)
+	return newServer(c, service, func(mux *http.ServeMux) {
+		mux.HandleFunc("GET /events", service.eventLines)
+		mux.Handle("GET "+MetricsPath, service.metricsHandler())
+		mux.HandleFunc("GET "+consolePath, service.consoleText)
+	})
 }
 
-// newServer serves service beside what mux serves already.
-func newServer(c *Claim, service vmmv1connect.MachineServiceHandler, mux *http.ServeMux, options ...connect.HandlerOption) *Server {
+// newServer serves service, and what add adds.
+func newServer(c *Claim, service vmmv1connect.MachineServiceHandler, add func(*http.ServeMux), options ...connect.HandlerOption) *Server {
 	s := &Server{claim: c, served: make(chan struct{})}
-	mux.Handle(vmmv1connect.NewMachineServiceHandler(service, append(options,
-		connect.WithCodec(jsonCodec("json")), connect.WithCodec(jsonCodec("json; charset=utf-8")),
-		connect.WithCompression("gzip", nil, nil), // a local socket is faster than gzip
-		connect.WithReadMaxBytes(maxRequest))...))
+	// Made for the first request: where a guest has just arrived it has better
+	// use for the processor.
+	routes := sync.OnceValue(func() http.Handler {
+		mux := http.NewServeMux()
+		add(mux)
+		mux.Handle(vmmv1connect.NewMachineServiceHandler(service, append(options,
+			connect.WithCodec(jsonCodec("json")), connect.WithCodec(jsonCodec("json; charset=utf-8")),
+			connect.WithCompression("gzip", nil, nil), // a local socket is faster than gzip
+			connect.WithReadMaxBytes(maxRequest))...))
+		return mux
+	})
 	s.http = http.Server{
-		Handler:           patient(mux),
+		Handler:           patient(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { routes().ServeHTTP(w, r) })),
 		ReadHeaderTimeout: readTime,
 		IdleTimeout:       idleTime,
 		MaxHeaderBytes:    maxHeader,

@@ -29,7 +29,7 @@ type Waiting struct {
 // claimed.
 func NewWaitingServer(c *Claim, w Waiting, version string) *Server {
 	service := &waiting{Waiting: w, version: version}
-	return newServer(c, service, http.NewServeMux(), connect.WithInterceptors(notHere{service}))
+	return newServer(c, service, func(*http.ServeMux) {}, connect.WithInterceptors(notHere{service}))
 }
 
 // waiting implements what can be asked of a guest that has not come.
