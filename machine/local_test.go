@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"testing"
+	"time"
 
 	"vmm/memory"
 	"vmm/migration"
@@ -38,7 +39,7 @@ func (w watched) Prepare(ctx context.Context, o migration.Offer) (migration.Dest
 	return watchedArrival{d, w}, nil
 }
 
-func (a watchedArrival) Run() error {
+func (a watchedArrival) Run() (time.Time, error) {
 	a.w.beforeRun(a.RAM())
 	return a.Destination.Run()
 }

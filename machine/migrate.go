@@ -567,7 +567,7 @@ func (a *Arrival) Load(s *vmmv1.MachineState) error {
 
 // Run implements migration.Destination: it returns when the guest runs. Wait
 // returns when it has ended.
-func (a *Arrival) Run() error {
+func (a *Arrival) Run() (time.Time, error) {
 	events, cancel := a.m.Events()
 	defer cancel()
 	go func() {
@@ -584,14 +584,14 @@ func (a *Arrival) Run() error {
 			if a.arrived != nil {
 				a.arrived()
 			}
-			return nil
+			return *a.m.started.Load(), nil
 		case StateEnded:
 			<-a.done
-			return a.err
+			return time.Time{}, a.err
 		}
 	}
 	<-a.done
-	return a.err
+	return time.Time{}, a.err
 }
 
 // Wait returns when the guest has ended, with what Machine.Run says.

@@ -394,13 +394,13 @@ func (a *arrival) move(ctx context.Context) (*Arrival, error) {
 	if err := a.r.verdicts.note(a.id, verdictRunning, ""); err != nil {
 		return nil, a.stick(err.Error())
 	}
-	if err := a.machine.Run(); err != nil {
+	since, err := a.machine.Run()
+	if err != nil {
 		if ferr := a.r.verdicts.forget(a.id); ferr != nil {
 			err = errors.Join(err, ferr)
 		}
 		return nil, a.stick(err.Error())
 	}
-	took := time.Since(started)
 	for _, x := range a.takeover.luns {
 		// The registration is the running guest's: no recovery may remove it.
 		// An entry that stays is settled by looking, and by the verdict.
@@ -408,11 +408,12 @@ func (a *arrival) move(ctx context.Context) (*Arrival, error) {
 			a.r.opts.Warn(err)
 		}
 	}
-	m := &vmmv1.Running{StartUs: micros(took)}
+	m := &vmmv1.Running{StartUs: micros(since.Sub(started))}
 	outcomes := a.takeover.outcomes()
 	for _, l := range outcomes {
 		m.Luns = append(m.Luns, &vmmv1.LunOutcome{Id: l.ID, Sentence: l.Sentence, TakeoverUs: micros(l.Takeover)})
 	}
+	m.LagUs = micros(time.Since(since))
 	if a.link == nil || a.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Running{Running: m}}) != nil {
 		a.state = running
 	}

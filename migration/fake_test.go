@@ -230,7 +230,8 @@ type fakeHost struct {
 	size    uint64
 	inLoad  func()
 	inRun   func()
-	offered func(Offer) // in Prepare
+	offered func(Offer)   // in Prepare
+	since   time.Duration // that Run says the guest has been running
 	loadErr error
 	runErr  error
 	has     map[int]bool // the attachments that are here already
@@ -295,16 +296,16 @@ func (d *fakeDest) Load(state *vmmv1.MachineState) error {
 	d.loaded = state
 	return d.h.loadErr
 }
-func (d *fakeDest) Run() error {
+func (d *fakeDest) Run() (time.Time, error) {
 	if d.h.runErr != nil {
-		return d.h.runErr
+		return time.Time{}, d.h.runErr
 	}
 	if d.h.inRun != nil {
 		d.h.inRun()
 	}
 	d.ran = true
 	d.h.g.run()
-	return nil
+	return time.Now().Add(-d.h.since), nil
 }
 func (d *fakeDest) Close() error {
 	close(d.closed)

@@ -163,9 +163,9 @@ type Destination interface {
 	// Load takes over what the source's Save returned, once memory is complete. A peer has sent
 	// it: nothing in it is to be believed unchecked.
 	Load(*vmmv1.MachineState) error
-	// Run lets the guest run. An error means that not one instruction was
-	// executed.
-	Run() error
+	// Run lets the guest run, and says since when it does. An error means that
+	// not one instruction was executed.
+	Run() (time.Time, error)
 	// Close frees a machine that never ran.
 	Close() error
 }
@@ -273,8 +273,9 @@ type Progress struct {
 	HandedOver string        // not empty: COMMIT was sent, and why no answer came
 }
 
-// Downtime is the time from the first vCPU's stop to RUNNING, in its parts.
-// What is not in a part is the network's.
+// Downtime is the time from the first vCPU's stop here to the first one's start
+// there, in its parts. What is not in a part is the network's, the way of RUNNING
+// among it.
 type Downtime struct {
 	Total    time.Duration
 	Stop     time.Duration // vCPUs stopped, commands drained

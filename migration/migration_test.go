@@ -83,6 +83,26 @@ func TestMigrate(t *testing.T) {
 	}
 }
 
+// The downtime ends with the guest's start, not with the news of it; and not
+// before COMMIT, whatever the destination says.
+func TestDowntimeEndsWithTheStart(t *testing.T) {
+	total := func(since time.Duration) time.Duration {
+		r := newRig(t, 1<<20)
+		r.host.since = since
+		r.receiving()
+		s, err := r.migrate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Downtime.Total < s.Downtime.Stop+s.Downtime.Save+s.Downtime.Pages {
+			t.Errorf("downtime %+v of a guest that has been running for %v; want no less than until COMMIT", s.Downtime, since)
+		}
+		return s.Downtime.Total
+	}
+	total(0)
+	total(time.Hour)
+}
+
 func attachment(name string, data []byte) Attachment {
 	return Attachment{Name: name, Size: int64(len(data)), SHA256: sha256.Sum256(data), Data: bytes.NewReader(data)}
 }

@@ -274,7 +274,7 @@ func (r *restoring) run(f *os.File, mark byte) (*Arrival, error) {
 		return nil, r.stuck(f, mark, errors.New(why))
 	}
 	r.takeover.settled()
-	if err := r.machine.Run(); err != nil {
+	if _, err := r.machine.Run(); err != nil {
 		return nil, r.stuck(f, mark, err)
 	}
 	for _, x := range r.takeover.luns {

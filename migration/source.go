@@ -78,8 +78,10 @@ type Outgoing struct {
 	throttled int
 	paused    bool
 	pausedAt  time.Time
-	progress  Progress // as of the last round's end
-	begun     struct { // the round under way
+	committed time.Time     // when COMMIT was sent
+	lag       time.Duration // of RUNNING behind the guest's start
+	progress  Progress      // as of the last round's end
+	begun     struct {      // the round under way
 		at           time.Time // zero: none
 		sent, walked uint64
 	}

@@ -81,6 +81,7 @@ func (o *Outgoing) receive(m *vmmv1.StreamMessage) error {
 		o.down.Load = time.Duration(b.Ready.LoadUs) * time.Microsecond
 	case *vmmv1.StreamMessage_Running:
 		o.down.Start = time.Duration(b.Running.StartUs) * time.Microsecond
+		o.lag = time.Duration(min(b.Running.LagUs, micros(time.Since(o.committed)))) * time.Microsecond
 		o.landed = b.Running.Luns
 	case *vmmv1.StreamMessage_Aborted:
 		o.reason = sentence(b.Aborted.Reason)

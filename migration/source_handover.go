@@ -90,7 +90,7 @@ func (o *Outgoing) hand() error {
 		return err
 	}
 	// Whatever becomes of the message, it may have arrived.
-	o.state = next
+	o.state, o.committed = next, time.Now()
 	if err := o.link.send(&vmmv1.StreamMessage{Body: &vmmv1.StreamMessage_Commit{Commit: &vmmv1.Commit{}}}); err != nil {
 		o.lose(err)
 	}
@@ -198,7 +198,7 @@ func acknowledge() *vmmv1.StreamMessage {
 // leave ends a migration whose guest runs at the destination: registrations
 // that stayed behind here are removed.
 func (o *Outgoing) leave() error {
-	o.down.Total = time.Since(o.pausedAt)
+	o.down.Total = time.Since(o.pausedAt) - o.lag
 	if o.link != nil {
 		_ = o.send(acknowledge()) // otherwise the destination stops waiting by itself
 	}

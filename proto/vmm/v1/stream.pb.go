@@ -1378,9 +1378,11 @@ func (x *Commit) GetCrc32C() uint32 {
 
 // Running says that the guest runs at the destination, lastingly noted.
 type Running struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	StartUs       uint64                 `protobuf:"varint,1,opt,name=start_us,json=startUs,proto3" json:"start_us,omitempty"`
-	Luns          []*LunOutcome          `protobuf:"bytes,2,rep,name=luns,proto3" json:"luns,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	StartUs uint64                 `protobuf:"varint,1,opt,name=start_us,json=startUs,proto3" json:"start_us,omitempty"`
+	Luns    []*LunOutcome          `protobuf:"bytes,2,rep,name=luns,proto3" json:"luns,omitempty"`
+	// LagUs is how long the guest had been running when this was sent.
+	LagUs         uint64 `protobuf:"varint,3,opt,name=lag_us,json=lagUs,proto3" json:"lag_us,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1427,6 +1429,13 @@ func (x *Running) GetLuns() []*LunOutcome {
 		return x.Luns
 	}
 	return nil
+}
+
+func (x *Running) GetLagUs() uint64 {
+	if x != nil {
+		return x.LagUs
+	}
+	return 0
 }
 
 // LunOutcome is how the takeover of one LUN ended.
@@ -1922,10 +1931,11 @@ const file_vmm_v1_stream_proto_rawDesc = "" +
 	"\x05Ready\x12\x17\n" +
 	"\aload_us\x18\x01 \x01(\x04R\x06loadUs\" \n" +
 	"\x06Commit\x12\x16\n" +
-	"\x06crc32c\x18\x01 \x01(\aR\x06crc32c\"L\n" +
+	"\x06crc32c\x18\x01 \x01(\aR\x06crc32c\"c\n" +
 	"\aRunning\x12\x19\n" +
 	"\bstart_us\x18\x01 \x01(\x04R\astartUs\x12&\n" +
-	"\x04luns\x18\x02 \x03(\v2\x12.vmm.v1.LunOutcomeR\x04luns\"Y\n" +
+	"\x04luns\x18\x02 \x03(\v2\x12.vmm.v1.LunOutcomeR\x04luns\x12\x15\n" +
+	"\x06lag_us\x18\x03 \x01(\x04R\x05lagUs\"Y\n" +
 	"\n" +
 	"LunOutcome\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
