@@ -75,7 +75,7 @@ func (a *arrival) run(ctx context.Context, h *hello) (*Arrival, error) {
 	if err := a.offer(ctx, h.m); err != nil {
 		return fail(err)
 	}
-	go populate()
+	go rehearse()
 	if err := a.open(ctx); err != nil {
 		return fail(err)
 	}

@@ -14,8 +14,10 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"vmm/memory"
+	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
 )
 
@@ -101,6 +103,28 @@ func TestDowntimeEndsWithTheStart(t *testing.T) {
 	}
 	total(0)
 	total(time.Hour)
+}
+
+// What is rehearsed is what comes: each message goes through, whole.
+func TestFillFillsEverything(t *testing.T) {
+	bodies := (&vmmv1.StreamMessage{}).ProtoReflect().Descriptor().Oneofs().ByName("body").Fields()
+	for i := range bodies.Len() {
+		m := &vmmv1.StreamMessage{}
+		fill(m.ProtoReflect().Mutable(bodies.Get(i)).Message())
+		b, err := proto.Marshal(m)
+		again := &vmmv1.StreamMessage{}
+		if err == nil {
+			err = proto.Unmarshal(b, again)
+		}
+		if err != nil || !proto.Equal(m, again) || kindOf(again) == 0 {
+			t.Errorf("%s is %v when it has been sent, %v; want %v", bodies.Get(i).Name(), again, err, m)
+		}
+	}
+	state := &vmmv1.FinalState{}
+	fill(state.ProtoReflect())
+	if len(state.GetMachine().GetVcpus()) != 1 || len(state.GetMachine().GetVirtio()) != 1 || len(state.GetMachine().GetVirtio()[0].GetQueues()) != 1 {
+		t.Errorf("a state to rehearse with has nothing of its lists: %v", state)
+	}
 }
 
 func attachment(name string, data []byte) Attachment {

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"vmm/internal/sys"
 	"vmm/memory"
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
@@ -188,7 +187,7 @@ func (o *Outgoing) migrate() error {
 	if err := o.refuse(); err != nil {
 		return err
 	}
-	go populate()
+	go rehearse()
 	move := o.copy
 	if o.opts.Local {
 		move = o.switchLocal
@@ -200,10 +199,6 @@ func (o *Outgoing) migrate() error {
 	}
 	return nil
 }
-
-// populate has the monitor's code in memory before the guest stops: most of what
-// then runs has not run before. It is a help, so a failure is none.
-func populate() { _ = sys.PopulateProgram() }
 
 // refuse is what can be said without asking the destination.
 func (o *Outgoing) refuse() error {
