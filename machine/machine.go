@@ -15,6 +15,7 @@ import (
 
 	"vmm/boot"
 	"vmm/device"
+	"vmm/internal/sys"
 	"vmm/kvm"
 	"vmm/memory"
 	"vmm/pci"
@@ -121,6 +122,7 @@ func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 	if err := m.cfg.normalize(); err != nil {
 		return nil, err
 	}
+	makeRoom(m.cfg.CPUs)
 	warn := m.cfg.Warn
 	m.cfg.Warn = func(line string) {
 		m.feed.publish(Event{Kind: EventWarning, Text: line})
@@ -140,6 +142,15 @@ func build(cfg Config, in *Incoming) (_ *Machine, err error) {
 		}
 	}
 	return m, nil
+}
+
+// makeRoom fits Go's scheduler to so many vCPUs. They sit in KVM_RUN and workers
+// in read(2), each of which occupies a P until the scheduler's monitor takes it
+// back: there is one for each, so that whoever returns finds one free, and the
+// monitor need not hurry. That it cannot be told so costs some processor time.
+func makeRoom(vcpus int) {
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), runtime.NumCPU()+2*vcpus+4))
+	_ = sys.CalmMonitor()
 }
 
 // empty is a machine without parts.
@@ -453,11 +464,6 @@ func (m *Machine) reset() error {
 // goes on with the one that was loaded. A guest's reset starts it again, unless
 // the configuration says NoReboot.
 func (m *Machine) Run(ctx context.Context) (err error) {
-	// vCPUs sit in KVM_RUN and workers in read(2), each of which occupies a P
-	// until the scheduler's monitor takes it back: leave one for each, so
-	// that whoever returns finds one free.
-	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), runtime.NumCPU()+2*len(m.vcpus)+4))
-
 	var threads sync.WaitGroup
 	for _, v := range m.vcpus {
 		threads.Go(v.run)

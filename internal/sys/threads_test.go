@@ -1,12 +1,16 @@
 package sys
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -60,4 +64,41 @@ func TestGiveWay(t *testing.T) {
 	}
 	close(done)
 	threads.Wait()
+}
+
+// The thread that is slowed down is the one that sleeps while all else works.
+func TestCalmMonitor(t *testing.T) {
+	err := CalmMonitor()
+	if errors.Is(err, os.ErrPermission) && os.Getuid() != 0 {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var calm []string
+	for _, task := range tasks {
+		if slack, err := os.ReadFile("/proc/" + task.Name() + "/timerslack_ns"); err == nil && string(slack) == "1000000\n" {
+			calm = append(calm, task.Name())
+		}
+	}
+	if len(calm) != 1 {
+		t.Fatalf("threads %v of %v sleep longer; want one", calm, tasks)
+	}
+	call := fmt.Sprint(unix.SYS_NANOSLEEP, " ")
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		now, err := os.ReadFile("/proc/self/task/" + calm[0] + "/syscall")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasPrefix(string(now), call) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("thread %s does not sleep: its system call is %q", calm[0], now)
+		}
+	}
 }
