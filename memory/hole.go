@@ -29,12 +29,11 @@ func (r *RAM) Finder() *Finder { return &Finder{ram: r} }
 
 // Extents is that of RAM.
 func (f *Finder) Extents(gpa GPA, n uint64, fn func(gpa GPA, n uint64) error) error {
-	reg, err := f.ram.region(gpa, n)
+	start, err := f.ram.Offset(gpa, n)
 	if err != nil {
 		return err
 	}
 	fd := int(f.ram.file.Fd())
-	start := reg.Offset + int64(gpa-reg.GPA)
 	for at, end := start, start+int64(n); at < end; {
 		if at < f.from || at >= f.to {
 			data, err := unix.Seek(fd, at, unix.SEEK_DATA)
@@ -63,11 +62,10 @@ func (f *Finder) Extents(gpa GPA, n uint64, fn func(gpa GPA, n uint64) error) er
 // occupy nothing. It fails with a *RangeError unless all of them are RAM of
 // one region.
 func (r *RAM) Discard(gpa GPA, n uint64) error {
-	reg, err := r.region(gpa, n)
+	off, err := r.Offset(gpa, n)
 	if err != nil || n == 0 {
 		return err
 	}
-	off := reg.Offset + int64(gpa-reg.GPA)
 	if err := unix.Fallocate(int(r.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, int64(n)); err != nil {
 		return fmt.Errorf("punch a hole of %d bytes at offset %#x of guest memory: %w", n, off, err)
 	}

@@ -178,17 +178,26 @@ func (r *RAM) Slice(gpa GPA, n uint64) ([]byte, error) {
 	return reg.Bytes[off : off+n : off+n], nil
 }
 
+// Offset is where in the memfd the n bytes at gpa begin. It fails as Slice does.
+func (r *RAM) Offset(gpa GPA, n uint64) (int64, error) {
+	reg, err := r.region(gpa, n)
+	if err != nil {
+		return 0, err
+	}
+	return reg.Offset + int64(gpa-reg.GPA), nil
+}
+
 // MarkDirty notes that a device has written n bytes at gpa. Addresses that
 // are no RAM are ignored: nothing was written there. It does not allocate.
 func (r *RAM) MarkDirty(gpa GPA, n uint64) {
 	if n == 0 {
 		return
 	}
-	reg, err := r.region(gpa, n)
+	at, err := r.Offset(gpa, n)
 	if err != nil {
 		return
 	}
-	first := uint64(reg.Offset) + uint64(gpa-reg.GPA)
+	first := uint64(at)
 	r.dirty.Set(first/PageSize, (first+n-1)/PageSize+1)
 }
 

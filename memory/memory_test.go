@@ -93,8 +93,12 @@ func TestViewsAndFileAreOneMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	copy(b, "high")
+	at, err := r.Offset(HoleEnd+PageSize, 4)
+	if err != nil || at != int64(HoleStart)+PageSize {
+		t.Errorf("Offset = %#x, %v; want it behind the low memory", at, err)
+	}
 	var got [4]byte
-	if _, err := r.File().ReadAt(got[:], int64(HoleStart)+PageSize); err != nil || string(got[:]) != "high" {
+	if _, err := r.File().ReadAt(got[:], at); err != nil || string(got[:]) != "high" {
 		t.Errorf("memfd holds %q, %v; want \"high\"", got, err)
 	}
 }

@@ -75,7 +75,6 @@ func (a *arrival) run(ctx context.Context, h *hello) (*Arrival, error) {
 	if err := a.offer(ctx, h.m); err != nil {
 		return fail(err)
 	}
-	go rehearse()
 	if err := a.open(ctx); err != nil {
 		return fail(err)
 	}
@@ -279,7 +278,8 @@ func (a *arrival) open(ctx context.Context) error {
 
 // read reads a data connection until it ends. marks is drained until then.
 func (a *arrival) read(conn net.Conn, marks chan<- mark) {
-	p := pageReader{r: countingReader{conn, &a.bytes}, ram: a.machine.RAM()}
+	p := newPageReader(conn, a.machine.RAM(), &a.bytes, len(a.conns))
+	defer p.close()
 	for {
 		round, err := p.next()
 		marks <- mark{round, err}

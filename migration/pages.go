@@ -259,24 +259,44 @@ func (l *limiter) take(n uint64, now time.Time) time.Duration {
 
 // pageReader is the receiving end of a data connection.
 type pageReader struct {
-	r   io.Reader
-	ram *memory.RAM
+	r    io.Reader
+	ram  *memory.RAM
+	came *atomic.Uint64 // counts the bytes that arrive; nil: nobody asks
+	door *door          // of r; nil: pages are read into the mapping
 
+	ended bool // a round has: pages that come now may have come before
 	head  [frameHead]byte
 	table [maxRuns * frameRun]byte
+}
+
+// newPageReader reads one of so many connections of a migration, to be closed
+// before ram is.
+func newPageReader(conn net.Conn, ram *memory.RAM, came *atomic.Uint64, channels int) *pageReader {
+	p := &pageReader{r: conn, ram: ram, came: came}
+	if channels == 1 { // several would wait for each other at the file's lock
+		p.door = newDoor(conn, ram)
+	}
+	return p
+}
+
+func (p *pageReader) close() {
+	if p.door != nil {
+		p.door.close()
+	}
 }
 
 // next reads frames into guest memory until one ends a round. io.EOF means
 // that the connection was closed between two frames.
 func (p *pageReader) next() (round uint32, err error) {
 	for {
-		if _, err := io.ReadFull(p.r, p.head[:]); err != nil {
+		if err := p.read(p.head[:]); err != nil {
 			return 0, err
 		}
 		kind, count := binary.LittleEndian.Uint32(p.head[0:]), binary.LittleEndian.Uint32(p.head[4:])
 		payload := binary.LittleEndian.Uint64(p.head[8:])
 		switch {
 		case kind == frameEnd && payload == 0:
+			p.ended = true
 			return count, nil
 		case kind != framePages || count == 0 || count > maxRuns || payload > maxPayload:
 			return 0, errProtocol("a data frame of kind %d with %d runs and %d bytes", kind, count, payload)
@@ -287,10 +307,23 @@ func (p *pageReader) next() (round uint32, err error) {
 	}
 }
 
+// read fills b.
+func (p *pageReader) read(b []byte) error {
+	n, err := io.ReadFull(p.r, b)
+	p.count(n)
+	return err
+}
+
+func (p *pageReader) count(n int) {
+	if p.came != nil {
+		p.came.Add(uint64(n))
+	}
+}
+
 // pages reads a table and the bytes that belong to it. The whole table is
 // checked before a page is written.
 func (p *pageReader) pages(table []byte, payload uint64) error {
-	if _, err := io.ReadFull(p.r, table); err != nil {
+	if err := p.read(table); err != nil {
 		return err
 	}
 	var sum uint64
@@ -316,13 +349,16 @@ func (p *pageReader) pages(table []byte, payload uint64) error {
 		gpa, n, zero := parseRun(table[at:])
 		at += frameRun
 		if zero {
-			// A page that came earlier is cleared, one that did not stays a hole.
-			if err := p.ram.Discard(gpa, n); err != nil {
-				return err
+			// A page that came earlier is cleared, one that did not stays a
+			// hole, as in the first round all do.
+			if p.ended {
+				if err := p.ram.Discard(gpa, n); err != nil {
+					return err
+				}
 			}
 			continue
 		}
-		for at < len(table) { // one read for neighbours
+		for at < len(table) { // neighbours go together
 			next, more, zero := parseRun(table[at:])
 			if zero || next != gpa+memory.GPA(n) {
 				break
@@ -333,32 +369,34 @@ func (p *pageReader) pages(table []byte, payload uint64) error {
 			n += more
 			at += frameRun
 		}
-		view, err := p.ram.Slice(gpa, n)
-		if err != nil {
+		if err := p.run(gpa, n, payload); err != nil {
 			return err
 		}
-		if _, err := io.ReadFull(p.r, view); err != nil {
-			return err
-		}
+		payload -= n
 	}
 	return nil
+}
+
+// run reads n bytes of pages, of left that are still to come in their frame.
+func (p *pageReader) run(gpa memory.GPA, n, left uint64) error {
+	if p.door != nil {
+		err := p.door.pass(gpa, n, left, p.count)
+		if !errors.Is(err, errNoDoor) {
+			return err
+		}
+		p.close()
+		p.door = nil
+	}
+	view, err := p.ram.Slice(gpa, n)
+	if err != nil {
+		return err
+	}
+	return p.read(view)
 }
 
 func parseRun(b []byte) (gpa memory.GPA, n uint64, zero bool) {
 	a := binary.LittleEndian.Uint64(b)
 	return memory.GPA(a &^ runZero), binary.LittleEndian.Uint64(b[8:]), a&runZero != 0
-}
-
-// countingReader notes that something arrives.
-type countingReader struct {
-	r io.Reader
-	n *atomic.Uint64
-}
-
-func (c countingReader) Read(b []byte) (int, error) {
-	n, err := c.r.Read(b)
-	c.n.Add(uint64(n))
-	return n, err
 }
 
 // isTimeout says that a deadline passed.

@@ -79,7 +79,7 @@ func TestFrames(t *testing.T) {
 		t.Fatal(err)
 	}
 	copy(stale, "stale")
-	p := &pageReader{r: bytes.NewReader(got), ram: to}
+	p := &pageReader{r: bytes.NewReader(got), ram: to, ended: true}
 	if round, err := p.next(); round != 7 || err != nil {
 		t.Errorf("next = %d, %v; want 7", round, err)
 	}
@@ -221,10 +221,12 @@ func FuzzPages(f *testing.F) {
 	f.Add(recorded(f, ram, run{0x2000, 4 * memory.PageSize}))
 	f.Add(recorded(f, ram, run{0x4000, memory.PageSize}, run{0x2000, 2 * memory.PageSize}))
 	f.Add(recorded(f, ram))
-	to := newRAM(f, 64<<10)
+	to, spliced := newRAM(f, 64<<10), newRAM(f, 64<<10)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if err := to.Discard(0, to.Size()); err != nil {
-			t.Fatal(err)
+		for _, ram := range []*memory.RAM{to, spliced} {
+			if err := ram.Discard(0, ram.Size()); err != nil {
+				t.Fatal(err)
+			}
 		}
 		in := bytes.NewReader(b)
 		p := &pageReader{r: in, ram: to}
@@ -241,6 +243,20 @@ func FuzzPages(f *testing.F) {
 		if most := uint64(len(b)-in.Len()) + memory.PageSize; written > most {
 			t.Fatalf("%d bytes of memory were written by %d bytes of input", written, len(b)-in.Len())
 		}
+		// What goes by the door arrives as well.
+		out, conn := socketPair(t)
+		go func() {
+			out.Write(b)
+			out.Close()
+		}()
+		q := newPageReader(conn, spliced, nil, 1)
+		defer q.close()
+		for {
+			if _, err := q.next(); err != nil {
+				break
+			}
+		}
+		same(t, spliced, to)
 	})
 }
 
@@ -321,7 +337,8 @@ func stream(b *testing.B, channels int, dial func(net.Listener) func() net.Conn,
 				b.Error(err)
 			}
 			accepted <- c
-			r := &pageReader{r: c, ram: to}
+			r := newPageReader(c, to, nil, channels)
+			defer r.close()
 			for {
 				_, err := r.next()
 				done <- err

@@ -1,5 +1,5 @@
 // Package sys owns the operating-system objects that several packages share:
-// event file descriptors, shared memory and its mappings, locked threads, and
+// event file descriptors, pipes, shared memory and its mappings, locked threads, and
 // files that outlast a crash.
 //
 // Ownership: every type here has one owner, is created close-on-exec, and has

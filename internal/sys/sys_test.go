@@ -2,6 +2,7 @@ package sys
 
 import (
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -154,4 +155,61 @@ func TestListenUnixWhereTheDirectoryIsLocked(t *testing.T) {
 		t.Fatal(err)
 	}
 	ln.Close()
+}
+
+// Bytes go from a socket to their place in a file, and an end is an end.
+func TestPipe(t *testing.T) {
+	const size = 1 << 20
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, out := fds[0], fds[1]
+	defer unix.Close(in)
+	file, err := MemFD("pipe-test", size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	p, err := NewPipe(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if p.Size() < 4096 || p.Size() > size {
+		t.Errorf("a pipe of %d bytes; %d were asked for", p.Size(), size)
+	}
+	if _, err := p.From(in, size); err != unix.EAGAIN {
+		t.Errorf("From a silent socket: %v; want EAGAIN", err)
+	}
+	if _, err := unix.Write(out, []byte("one, two")); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := p.From(in, 5); n != 5 || err != nil {
+		t.Errorf("From = %d, %v; want the 5 that were asked for", n, err)
+	}
+	if n, err := p.From(in, size); n != 3 || err != nil {
+		t.Errorf("From = %d, %v; want the 3 that were left", n, err)
+	}
+	if err := p.To(int(file.Fd()), 5000, 6); err != nil {
+		t.Error(err)
+	}
+	if err := p.To(int(file.Fd()), 3, 2); err != nil {
+		t.Error(err)
+	}
+	for at, want := range map[int64]string{5000: "one, t", 3: "wo", 5006: "\x00\x00", 5: "\x00"} {
+		got := make([]byte, len(want))
+		if _, err := file.ReadAt(got, at); err != nil || string(got) != want {
+			t.Errorf("at %d there is %q, %v; want %q", at, got, err, want)
+		}
+	}
+	unix.Close(out)
+	if n, err := p.From(in, size); err != io.EOF {
+		t.Errorf("From a closed socket = %d, %v; want EOF", n, err)
+	}
+	for range 2 {
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }

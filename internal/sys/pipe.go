@@ -1,0 +1,93 @@
+package sys
+
+import (
+	"fmt"
+	"io"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pipe is a pipe(2) through which splice(2) moves bytes from a stream socket into
+// a file: references to the kernel's own pages, which are copied once, into the
+// file's. The file need not be mapped, and no page of it is faulted in or
+// cleared. Its owner uses it from one goroutine at a time.
+type Pipe struct {
+	mu   sync.Mutex // for Close
+	r, w int        // -1 after Close
+	size int
+}
+
+// NewPipe makes a pipe for size bytes, or for fewer where this user has too many
+// pipes already (pipe(7), /proc/sys/fs/pipe-max-size and pipe-user-pages-soft).
+func NewPipe(size int) (*Pipe, error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("pipe: %w", err)
+	}
+	p := &Pipe{r: fds[0], w: fds[1]}
+	n, err := unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, size)
+	if err != nil {
+		n, err = unix.FcntlInt(uintptr(p.w), unix.F_GETPIPE_SZ, 0)
+	}
+	if err != nil {
+		p.Close()
+		return nil, fmt.Errorf("size of a pipe: %w", err)
+	}
+	p.size = n
+	return p, nil
+}
+
+// Size is how many bytes the pipe can hold, if they come in whole pages.
+func (p *Pipe) Size() int { return p.size }
+
+// From takes up to n bytes of what a socket has received. It does not wait:
+// EAGAIN says that there is nothing, io.EOF that nothing will come. EINVAL is
+// the answer for a descriptor that cannot splice, and nothing was taken.
+func (p *Pipe) From(socket, n int) (int, error) {
+	for {
+		k, err := unix.Splice(socket, nil, p.w, nil, n, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return 0, err
+		case k == 0 && n > 0:
+			return 0, io.EOF
+		}
+		return int(k), nil
+	}
+}
+
+// To puts the next n bytes, which the pipe has, into a file from offset on.
+func (p *Pipe) To(file int, offset int64, n int) error {
+	for n > 0 {
+		k, err := unix.Splice(p.r, nil, file, &offset, n, unix.SPLICE_F_MOVE)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == nil && k == 0:
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return fmt.Errorf("splice %d bytes to offset %#x of fd %d: %w", n, offset, file, err)
+		}
+		n -= int(k)
+	}
+	return nil
+}
+
+// Close closes both ends.
+func (p *Pipe) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.r < 0 {
+		return nil
+	}
+	err := unix.Close(p.r)
+	if werr := unix.Close(p.w); err == nil {
+		err = werr
+	}
+	p.r, p.w = -1, -1
+	return err
+}

@@ -1,0 +1,91 @@
+package migration
+
+import (
+	"errors"
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"vmm/internal/sys"
+	"vmm/memory"
+)
+
+// door is the way of pages from a socket into guest memory within the kernel:
+// splice(2) through a pipe into the memory's file. Read into the mapping, which
+// has no pages yet, each would cost a page fault, and that takes longer than
+// all the rest.
+type door struct {
+	conn syscall.RawConn
+	ram  *memory.RAM
+	pipe *sys.Pipe
+	held uint64 // bytes of the frame that are in the pipe
+	used bool   // bytes have passed: this socket can
+
+	// take takes up to want bytes, and says how many, or why none.
+	take func(socket uintptr) (done bool)
+	want uint64
+	took int
+	err  error
+}
+
+// newDoor is nil where there is none: conn is no socket, as under TLS, or this
+// process has no descriptors left.
+func newDoor(conn net.Conn, ram *memory.RAM) *door {
+	socket, ok := conn.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	pipe, err := sys.NewPipe(maxPayload)
+	if err != nil {
+		return nil
+	}
+	d := &door{conn: raw, ram: ram, pipe: pipe}
+	d.take = func(socket uintptr) bool {
+		d.took, d.err = d.pipe.From(int(socket), int(min(d.want, uint64(d.pipe.Size()))))
+		return !errors.Is(d.err, unix.EAGAIN)
+	}
+	return d
+}
+
+func (d *door) close() { d.pipe.Close() }
+
+// errNoDoor says that the kernel cannot splice from this socket; nothing was
+// taken from it.
+var errNoDoor = errors.New("no splice(2) from this socket")
+
+// pass brings the next n bytes to gpa, of left that are still to come in their
+// frame. It tells count of those that arrive.
+func (d *door) pass(gpa memory.GPA, n, left uint64, count func(int)) error {
+	at, err := d.ram.Offset(gpa, n)
+	if err != nil {
+		return err
+	}
+	file := int(d.ram.File().Fd())
+	for n > 0 {
+		if d.held == 0 {
+			d.want = left
+			if err := d.conn.Read(d.take); err != nil {
+				return err
+			}
+			if errors.Is(d.err, unix.EINVAL) && !d.used {
+				return errNoDoor
+			}
+			if d.err != nil {
+				return d.err
+			}
+			d.held, d.used = uint64(d.took), true
+			count(d.took)
+		}
+		k := min(n, d.held)
+		if err := d.pipe.To(file, at, int(k)); err != nil {
+			return err
+		}
+		at, n, left, d.held = at+int64(k), n-k, left-k, d.held-k
+	}
+	return nil
+}
