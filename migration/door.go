@@ -3,6 +3,7 @@ package migration
 import (
 	"errors"
 	"net"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,7 @@ import (
 type door struct {
 	conn syscall.RawConn
 	ram  *memory.RAM
+	came *atomic.Uint64
 	pipe *sys.Pipe
 	held uint64 // bytes of the frame that are in the pipe
 	used bool   // bytes have passed: this socket can
@@ -29,9 +31,13 @@ type door struct {
 	err  error
 }
 
+// smallDoor is a pipe that is not worth it: with two places for pages, as users
+// get who have many pipes, there are more system calls than page faults.
+const smallDoor = 64 << 10
+
 // newDoor is nil where there is none: conn is no socket, as under TLS, or this
-// process has no descriptors left.
-func newDoor(conn net.Conn, ram *memory.RAM) *door {
+// process has no descriptors or no room for a pipe left.
+func newDoor(conn net.Conn, ram *memory.RAM, came *atomic.Uint64) *door {
 	socket, ok := conn.(syscall.Conn)
 	if !ok {
 		return nil
@@ -44,7 +50,11 @@ func newDoor(conn net.Conn, ram *memory.RAM) *door {
 	if err != nil {
 		return nil
 	}
-	d := &door{conn: raw, ram: ram, pipe: pipe}
+	if pipe.Size() < smallDoor {
+		pipe.Close()
+		return nil
+	}
+	d := &door{conn: raw, ram: ram, came: came, pipe: pipe}
 	d.take = func(socket uintptr) bool {
 		d.took, d.err = d.pipe.From(int(socket), int(min(d.want, uint64(d.pipe.Size()))))
 		return !errors.Is(d.err, unix.EAGAIN)
@@ -54,13 +64,13 @@ func newDoor(conn net.Conn, ram *memory.RAM) *door {
 
 func (d *door) close() { d.pipe.Close() }
 
-// errNoDoor says that the kernel cannot splice from this socket; nothing was
-// taken from it.
+// errNoDoor says that the first splice(2) from this socket has failed: what it
+// was, reading tells, if it was not that the kernel cannot, or may not, do it.
 var errNoDoor = errors.New("no splice(2) from this socket")
 
 // pass brings the next n bytes to gpa, of left that are still to come in their
-// frame. It tells count of those that arrive.
-func (d *door) pass(gpa memory.GPA, n, left uint64, count func(int)) error {
+// frame.
+func (d *door) pass(gpa memory.GPA, n, left uint64) error {
 	at, err := d.ram.Offset(gpa, n)
 	if err != nil {
 		return err
@@ -72,14 +82,14 @@ func (d *door) pass(gpa memory.GPA, n, left uint64, count func(int)) error {
 			if err := d.conn.Read(d.take); err != nil {
 				return err
 			}
-			if errors.Is(d.err, unix.EINVAL) && !d.used {
+			if d.err != nil && !d.used {
 				return errNoDoor
 			}
 			if d.err != nil {
 				return d.err
 			}
 			d.held, d.used = uint64(d.took), true
-			count(d.took)
+			d.came.Add(d.held)
 		}
 		k := min(n, d.held)
 		if err := d.pipe.To(file, at, int(k)); err != nil {

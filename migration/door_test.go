@@ -144,8 +144,11 @@ func TestDoorBreaks(t *testing.T) {
 				t.Fatal(err)
 			}
 			asked := make(chan struct{}, pages*memory.PageSize)
-			r := newPageReader(&strange{in, raw, asked}, newRAM(t, 1<<20), nil, 1)
+			r := newPageReader(&strange{in, raw, asked}, newRAM(t, 1<<20), new(atomic.Uint64), 1)
 			defer r.close()
+			if r.door == nil {
+				t.Fatal("there is no door")
+			}
 			if _, err := out.Write(frame[:frameHead+frameRun+x.some]); err != nil {
 				t.Fatal(err)
 			}
@@ -189,7 +192,7 @@ func TestNoDoor(t *testing.T) {
 	if _, err := out.Write(recorded(t, ram, run{0x3000, 5 * memory.PageSize})); err != nil {
 		t.Fatal(err)
 	}
-	r := newPageReader(&strange{in, raw, make(chan struct{}, 1)}, to, nil, 1)
+	r := newPageReader(&strange{in, raw, make(chan struct{}, 1)}, to, new(atomic.Uint64), 1)
 	defer r.close()
 	if r.door == nil {
 		t.Fatal("there is no door to try")

@@ -261,20 +261,19 @@ func (l *limiter) take(n uint64, now time.Time) time.Duration {
 type pageReader struct {
 	r    io.Reader
 	ram  *memory.RAM
-	came *atomic.Uint64 // counts the bytes that arrive; nil: nobody asks
-	door *door          // of r; nil: pages are read into the mapping
+	door *door // of r; nil: pages are read into the mapping
 
 	ended bool // a round has: pages that come now may have come before
 	head  [frameHead]byte
 	table [maxRuns * frameRun]byte
 }
 
-// newPageReader reads one of so many connections of a migration, to be closed
-// before ram is.
+// newPageReader reads one of so many connections of a migration, and counts in
+// came the bytes that arrive. It is to be closed before ram is.
 func newPageReader(conn net.Conn, ram *memory.RAM, came *atomic.Uint64, channels int) *pageReader {
-	p := &pageReader{r: conn, ram: ram, came: came}
+	p := &pageReader{r: countingReader{conn, came}, ram: ram}
 	if channels == 1 { // several would wait for each other at the file's lock
-		p.door = newDoor(conn, ram)
+		p.door = newDoor(conn, ram, came)
 	}
 	return p
 }
@@ -289,7 +288,7 @@ func (p *pageReader) close() {
 // that the connection was closed between two frames.
 func (p *pageReader) next() (round uint32, err error) {
 	for {
-		if err := p.read(p.head[:]); err != nil {
+		if _, err := io.ReadFull(p.r, p.head[:]); err != nil {
 			return 0, err
 		}
 		kind, count := binary.LittleEndian.Uint32(p.head[0:]), binary.LittleEndian.Uint32(p.head[4:])
@@ -307,23 +306,10 @@ func (p *pageReader) next() (round uint32, err error) {
 	}
 }
 
-// read fills b.
-func (p *pageReader) read(b []byte) error {
-	n, err := io.ReadFull(p.r, b)
-	p.count(n)
-	return err
-}
-
-func (p *pageReader) count(n int) {
-	if p.came != nil {
-		p.came.Add(uint64(n))
-	}
-}
-
 // pages reads a table and the bytes that belong to it. The whole table is
 // checked before a page is written.
 func (p *pageReader) pages(table []byte, payload uint64) error {
-	if err := p.read(table); err != nil {
+	if _, err := io.ReadFull(p.r, table); err != nil {
 		return err
 	}
 	var sum uint64
@@ -380,7 +366,7 @@ func (p *pageReader) pages(table []byte, payload uint64) error {
 // run reads n bytes of pages, of left that are still to come in their frame.
 func (p *pageReader) run(gpa memory.GPA, n, left uint64) error {
 	if p.door != nil {
-		err := p.door.pass(gpa, n, left, p.count)
+		err := p.door.pass(gpa, n, left)
 		if !errors.Is(err, errNoDoor) {
 			return err
 		}
@@ -391,12 +377,25 @@ func (p *pageReader) run(gpa memory.GPA, n, left uint64) error {
 	if err != nil {
 		return err
 	}
-	return p.read(view)
+	_, err = io.ReadFull(p.r, view)
+	return err
 }
 
 func parseRun(b []byte) (gpa memory.GPA, n uint64, zero bool) {
 	a := binary.LittleEndian.Uint64(b)
 	return memory.GPA(a &^ runZero), binary.LittleEndian.Uint64(b[8:]), a&runZero != 0
+}
+
+// countingReader notes that something arrives.
+type countingReader struct {
+	r io.Reader
+	n *atomic.Uint64
+}
+
+func (c countingReader) Read(b []byte) (int, error) {
+	n, err := c.r.Read(b)
+	c.n.Add(uint64(n))
+	return n, err
 }
 
 // isTimeout says that a deadline passed.

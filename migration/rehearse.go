@@ -10,10 +10,11 @@ import (
 	vmmv1 "vmm/proto/vmm/v1"
 )
 
-// rehearse does, while the guest runs, what would otherwise be done for the first
-// time while it stands still: the monitor's code comes from its file, protobuf
-// makes its tables of each type of message, and the garbage of what came before
-// is collected. It is a help, so a failure is none.
+// rehearse does, while the guest runs and at a destination before there is one,
+// what would otherwise be done for the first time while it stands still: the
+// monitor's code comes from its file, protobuf makes its tables of each type of
+// message, and the garbage of what came before is collected. It is a help, so a
+// failure is none.
 func rehearse() {
 	_ = sys.PopulateProgram()
 	m := (&vmmv1.StreamMessage{}).ProtoReflect()

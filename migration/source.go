@@ -259,7 +259,8 @@ func (o *Outgoing) negotiate() error {
 			return fmt.Errorf("data connection %d: %w", i, err)
 		}
 		if c, ok := conn.(*net.UnixConn); ok {
-			// Half as many turns between the two processes; TCP sees to it itself.
+			// As much as the host allows (net.core.wmem_max), for fewer turns
+			// between the two processes; TCP sees to it itself.
 			_ = c.SetWriteBuffer(maxPayload)
 		}
 		o.pages.channels = append(o.pages.channels, &channel{conn: conn, idle: o.opts.Deadlines.Idle})

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -249,8 +250,11 @@ func FuzzPages(f *testing.F) {
 			out.Write(b)
 			out.Close()
 		}()
-		q := newPageReader(conn, spliced, nil, 1)
+		q := newPageReader(conn, spliced, new(atomic.Uint64), 1)
 		defer q.close()
+		if q.door == nil {
+			t.Fatal("there is no door")
+		}
 		for {
 			if _, err := q.next(); err != nil {
 				break
@@ -337,7 +341,7 @@ func stream(b *testing.B, channels int, dial func(net.Listener) func() net.Conn,
 				b.Error(err)
 			}
 			accepted <- c
-			r := newPageReader(c, to, nil, channels)
+			r := newPageReader(c, to, new(atomic.Uint64), channels)
 			defer r.close()
 			for {
 				_, err := r.next()

@@ -3,18 +3,16 @@ package sys
 import (
 	"fmt"
 	"io"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // Pipe is a pipe(2) through which splice(2) moves bytes from a stream socket into
-// a file: references to the kernel's own pages, which are copied once, into the
-// file's. The file need not be mapped, and no page of it is faulted in or
-// cleared. Its owner uses it from one goroutine at a time.
+// a file within the kernel, mostly as references to the pages in which they came.
+// The file need not be mapped, so that none of its pages is faulted in. One
+// goroutine at a time uses it, Close included.
 type Pipe struct {
-	mu   sync.Mutex // for Close
-	r, w int        // -1 after Close
+	r, w int // -1 after Close
 	size int
 }
 
@@ -41,12 +39,13 @@ func NewPipe(size int) (*Pipe, error) {
 // Size is how many bytes the pipe can hold, if they come in whole pages.
 func (p *Pipe) Size() int { return p.size }
 
-// From takes up to n bytes of what a socket has received. It does not wait:
-// EAGAIN says that there is nothing, io.EOF that nothing will come. EINVAL is
-// the answer for a descriptor that cannot splice, and nothing was taken.
+// From takes up to n bytes of what a non-blocking socket has received. EAGAIN
+// says that there is nothing, or that the pipe is full, io.EOF that nothing will
+// come, and EINVAL that the kernel cannot splice from it. With an error nothing
+// was taken.
 func (p *Pipe) From(socket, n int) (int, error) {
 	for {
-		k, err := unix.Splice(socket, nil, p.w, nil, n, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		k, err := unix.Splice(socket, nil, p.w, nil, n, unix.SPLICE_F_NONBLOCK)
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -62,7 +61,7 @@ func (p *Pipe) From(socket, n int) (int, error) {
 // To puts the next n bytes, which the pipe has, into a file from offset on.
 func (p *Pipe) To(file int, offset int64, n int) error {
 	for n > 0 {
-		k, err := unix.Splice(p.r, nil, file, &offset, n, unix.SPLICE_F_MOVE)
+		k, err := unix.Splice(p.r, nil, file, &offset, n, 0)
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -79,8 +78,6 @@ func (p *Pipe) To(file int, offset int64, n int) error {
 
 // Close closes both ends.
 func (p *Pipe) Close() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.r < 0 {
 		return nil
 	}
