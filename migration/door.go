@@ -64,8 +64,8 @@ func newDoor(conn net.Conn, ram *memory.RAM, came *atomic.Uint64) *door {
 
 func (d *door) close() { d.pipe.Close() }
 
-// errNoDoor says that the first splice(2) from this socket has failed: what it
-// was, reading tells, if it was not that the kernel cannot, or may not, do it.
+// errNoDoor says that the first splice(2) from this socket has failed: the kernel
+// cannot do it, or may not, or else who reads learns why.
 var errNoDoor = errors.New("no splice(2) from this socket")
 
 // pass brings the next n bytes to gpa, of left that are still to come in their
