@@ -3,6 +3,7 @@ package sys
 import (
 	"fmt"
 	"io"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,6 +45,9 @@ func (p *Pipe) Size() int { return p.size }
 // come, and EINVAL that the kernel cannot splice from it. With an error nothing
 // was taken.
 func (p *Pipe) From(socket, n int) (int, error) {
+	if p.w < 0 {
+		return 0, os.ErrClosed
+	}
 	for {
 		k, err := unix.Splice(socket, nil, p.w, nil, n, unix.SPLICE_F_NONBLOCK)
 		switch {
@@ -60,6 +64,9 @@ func (p *Pipe) From(socket, n int) (int, error) {
 
 // To puts the next n bytes, which the pipe has, into a file from offset on.
 func (p *Pipe) To(file int, offset int64, n int) error {
+	if p.r < 0 {
+		return os.ErrClosed
+	}
 	for n > 0 {
 		k, err := unix.Splice(p.r, nil, file, &offset, n, 0)
 		switch {

@@ -212,4 +212,10 @@ func TestPipe(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if _, err := p.From(in, size); err != os.ErrClosed {
+		t.Errorf("From after Close: %v", err)
+	}
+	if err := p.To(int(file.Fd()), 0, 1); err != os.ErrClosed {
+		t.Errorf("To after Close: %v", err)
+	}
 }

@@ -37,7 +37,8 @@ func GiveWay() error {
 // what it finds has no hurry. It needs CAP_SYS_NICE, and Linux 4.6.
 //
 // A thread has the slack of the one that creates it. So that this one need not
-// create any, there are some more threads from now on, which are idle.
+// create any, there are some more threads from now on, which are idle. Should it
+// create one all the same, that one's timers are less exact, nothing worse.
 func CalmMonitor() error {
 	const slack = "10000000" // ns
 	makeThreads(spareThreads)
@@ -64,8 +65,8 @@ func CalmMonitor() error {
 	return errors.Join(err, f.Close())
 }
 
-// spareThreads is more than are ever blocked in system calls at a time beside
-// vCPUs and queue workers, which have their threads from others.
+// spareThreads is for system calls that block beside those of vCPUs and queue
+// workers, which have their threads from others. It is a guess, on the safe side.
 const spareThreads = 16
 
 // makeThreads has n threads at one time, which Go then keeps.
