@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -57,18 +58,25 @@ func (r *interrupts) Connect(e *sys.EventFD, m pci.Message) error {
 	return err
 }
 
-// Disconnect implements pci.Interrupts.
-func (r *interrupts) Disconnect(e *sys.EventFD) error {
+// Disconnect implements pci.Interrupts. For each eventfd KVM waits until nobody
+// uses it any more, which takes milliseconds, but no longer for all at a time.
+func (r *interrupts) Disconnect(events ...*sys.EventFD) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i := r.find(e)
-	if i < 0 {
-		return nil
+	errs := make([]error, len(events))
+	var ended sync.WaitGroup
+	for n, e := range events {
+		i := r.find(e)
+		if i < 0 {
+			continue
+		}
+		// The route stays in the kernel's table until the next load: nothing
+		// leads to it.
+		r.routes[i] = msiRoute{}
+		ended.Go(func() { errs[n] = r.vm.DeassignIRQFD(e.FD(), kvm.FirstMSI+kvm.GSI(i)) })
 	}
-	// The route stays in the kernel's table until the next load: nothing
-	// leads to it.
-	r.routes[i] = msiRoute{}
-	return r.vm.DeassignIRQFD(e.FD(), kvm.FirstMSI+kvm.GSI(i))
+	ended.Wait()
+	return errors.Join(errs...)
 }
 
 func (r *interrupts) find(e *sys.EventFD) int {

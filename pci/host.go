@@ -47,9 +47,9 @@ type Interrupts interface {
 	// the message.
 	Connect(e *sys.EventFD, m Message) error
 
-	// Disconnect ends that. When it returns no signal of e is on its way,
-	// and later ones stay in e's count.
-	Disconnect(e *sys.EventFD) error
+	// Disconnect ends that for all of events. When it returns no signal of
+	// theirs is on its way, and later ones stay in their counts.
+	Disconnect(events ...*sys.EventFD) error
 }
 
 // IOEvents turns a guest's write into a signal without an exit
@@ -370,23 +370,43 @@ func (d configData) register(off uint64, p []byte) (uint64, []byte, bool) {
 
 // ConnectInterrupts lets the interrupts of all functions reach the guest, as
 // they do from the start. Those that came while they did not come now.
-func (h *Host) ConnectInterrupts() { h.connect(true) }
-
-// DisconnectInterrupts holds the interrupts of all functions back. When it
-// returns none is on its way in the kernel, so the local APICs' state is final
-// and what came since stays pending.
-func (h *Host) DisconnectInterrupts() { h.connect(false) }
-
-func (h *Host) connect(on bool) {
+func (h *Host) ConnectInterrupts() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.connected.Store(on)
+	h.connected.Store(true)
 	for _, f := range h.slots {
 		if f != nil && f.msix != nil {
 			f.mu.Lock()
 			f.msix.updateAll()
 			f.mu.Unlock()
 		}
+	}
+}
+
+// DisconnectInterrupts holds the interrupts of all functions back. When it
+// returns none is on its way in the kernel, so once the vCPUs stand the local
+// APICs' state is final, and what came since stays pending.
+func (h *Host) DisconnectInterrupts() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.connected.Store(false)
+	var events []*sys.EventFD
+	for _, f := range h.slots {
+		if f != nil && f.msix != nil {
+			f.mu.Lock() // until all are disconnected, as the guest sees its vectors
+			defer f.mu.Unlock()
+			events = append(events, f.msix.unwanted(0, len(f.msix.events))...)
+		}
+	}
+	h.disconnect(events)
+}
+
+func (h *Host) disconnect(events []*sys.EventFD) {
+	if len(events) == 0 {
+		return
+	}
+	if err := h.cfg.Interrupts.Disconnect(events...); err != nil {
+		h.cfg.Warn(fmt.Errorf("pci: MSI-X vectors off: %w", err))
 	}
 }
 

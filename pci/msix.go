@@ -127,36 +127,44 @@ func (m *MSIX) entry(v int) Message {
 	}
 }
 
-// update connects or disconnects vector v, as the registers say now.
-func (m *MSIX) update(v int) {
+// update connects or disconnects the vectors from first up to end, as the
+// registers say now.
+func (m *MSIX) update(first, end int) {
 	h := m.f.host
 	if h == nil {
 		return
 	}
-	want := m.unmasked(v) && h.connected.Load()
-	message := m.entry(v)
-	switch {
-	case want && !(m.connected[v] && m.message[v] == message):
+	h.disconnect(m.unwanted(first, end))
+	for v := first; v < end; v++ {
+		message := m.entry(v)
+		if !m.wanted(v) || m.connected[v] && m.message[v] == message {
+			continue
+		}
 		if err := h.cfg.Interrupts.Connect(m.events[v], message); err != nil {
 			if !m.warned[v] { // once, however often the guest unmasks it
 				m.warned[v] = true
 				h.cfg.Warn(fmt.Errorf("pci: MSI-X vector %d as %v: %w", v, message, err))
 			}
-			return
+			continue
 		}
 		m.connected[v], m.message[v] = true, message
-	case !want && m.connected[v]:
-		if err := h.cfg.Interrupts.Disconnect(m.events[v]); err != nil {
-			h.cfg.Warn(fmt.Errorf("pci: MSI-X vector %d off %v: %w", v, m.message[v], err))
-		}
-		m.connected[v] = false
 	}
 }
 
-func (m *MSIX) updateAll() {
-	for v := range m.events {
-		m.update(v)
+func (m *MSIX) updateAll() { m.update(0, len(m.events)) }
+
+func (m *MSIX) wanted(v int) bool { return m.unmasked(v) && m.f.host.connected.Load() }
+
+// unwanted takes back which of the vectors are connected and must not be: the
+// caller disconnects them.
+func (m *MSIX) unwanted(first, end int) (events []*sys.EventFD) {
+	for v := first; v < end; v++ {
+		if m.connected[v] && !m.wanted(v) {
+			m.connected[v] = false
+			events = append(events, m.events[v])
+		}
 	}
+	return events
 }
 
 func (m *MSIX) controlWritten() {
@@ -217,8 +225,8 @@ func (m *MSIX) Write(off uint64, p []byte) {
 	}
 	first := off / vectorSize
 	last := (off + uint64(len(p)) - 1) / vectorSize
-	for v := first; v <= last && v < uint64(len(m.events)) && len(p) > 0; v++ {
-		m.update(int(v))
+	if end := min(last+1, uint64(len(m.events))); len(p) > 0 && first < end {
+		m.update(int(first), int(end))
 	}
 }
 

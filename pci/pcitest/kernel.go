@@ -40,16 +40,18 @@ func (k *Kernel) Connect(e *sys.EventFD, m pci.Message) error {
 	return nil
 }
 
-func (k *Kernel) Disconnect(e *sys.EventFD) error {
+func (k *Kernel) Disconnect(events ...*sys.EventFD) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.fail != nil {
 		return k.fail
 	}
-	if _, ok := k.routes[e]; !ok {
-		return fmt.Errorf("eventfd %d is not connected", e.FD())
+	for _, e := range events {
+		if _, ok := k.routes[e]; !ok {
+			return fmt.Errorf("eventfd %d is not connected", e.FD())
+		}
+		delete(k.routes, e)
 	}
-	delete(k.routes, e)
 	return nil
 }
 
