@@ -218,7 +218,12 @@ func (m *Machine) serve(ctx context.Context) error {
 				r.do()
 				m.gate.release()
 				close(r.done)
-			case requestResume, requestDo:
+			case requestResume:
+				if !m.moving.Load() { // any more: it was to be stopped, and was not
+					m.pci.ConnectInterrupts()
+				}
+				close(r.done)
+			case requestDo:
 				close(r.done)
 			}
 		}

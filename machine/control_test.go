@@ -150,7 +150,7 @@ func TestResumeOfAGuestThatMoves(t *testing.T) {
 		}
 	}()
 	for range 20 {
-		if err := d.Pause(t.Context()); err != nil {
+		if _, err := d.Pause(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if err := m.Resume(); !errors.Is(err, ErrMoving) {
@@ -168,6 +168,35 @@ func TestResumeOfAGuestThatMoves(t *testing.T) {
 	}
 	close(asking)
 	<-asked
+	if err := m.Stop(); err != nil {
+		t.Error(err)
+	}
+	<-done
+}
+
+// A guest that was to be stopped, and was not, has its interrupts back once who
+// moves it lets it run, and not before.
+func TestInterruptsOfAGuestThatIsNotStopped(t *testing.T) {
+	m, _, done := start(t, t.Context())
+	d, err := m.Depart(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	held := func() bool { // the bus has no final state else
+		_, err := m.pci.State()
+		return err == nil
+	}
+	if held() {
+		t.Fatal("interrupts are held back while the guest runs")
+	}
+	d.moving.Store(true)
+	d.pci.DisconnectInterrupts()
+	if err := m.Resume(); !errors.Is(err, ErrMoving) || !held() {
+		t.Errorf("Resume() = %v, interrupts held back: %v; want ErrMoving, and they are", err, held())
+	}
+	if err := d.Resume(); err != nil || held() {
+		t.Errorf("Resume() by who moves it = %v, interrupts held back: %v", err, held())
+	}
 	if err := m.Stop(); err != nil {
 		t.Error(err)
 	}

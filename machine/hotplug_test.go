@@ -293,7 +293,7 @@ func TestAttachAndMigration(t *testing.T) {
 	if _, err := m.Attach(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Pause(t.Context()); err == nil || !strings.Contains(err.Error(), "since the migration began") {
+	if _, err := d.Pause(t.Context()); err == nil || !strings.Contains(err.Error(), "since the migration began") {
 		t.Errorf("Pause() of a departure with other LUNs = %v", err)
 	}
 	if got := m.State(); got != StateRunning {
@@ -305,7 +305,7 @@ func TestAttachAndMigration(t *testing.T) {
 	if luns := d.Config().Luns; len(luns) != 1 || luns[0].Path != c.Path || luns[0].Id != "lun0" || luns[0].Initiator != c.Initiator {
 		t.Errorf("the configuration that travels has %v", luns)
 	}
-	if err := d.Pause(t.Context()); err != nil {
+	if _, err := d.Pause(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := m.Attach(t.Context(), plugged(diskImage(t))); !errors.Is(err, ErrMoving) {

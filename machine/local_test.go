@@ -50,10 +50,10 @@ type stopped struct {
 	then func(*memory.RAM)
 }
 
-func (s stopped) Pause(ctx context.Context) error {
-	err := s.Departure.Pause(ctx)
+func (s stopped) Pause(ctx context.Context) (time.Time, error) {
+	since, err := s.Departure.Pause(ctx)
 	s.then(s.RAM())
-	return err
+	return since, err
 }
 
 // A real guest goes on in another machine on the very same memory, which nobody

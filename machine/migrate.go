@@ -78,11 +78,11 @@ func (d *Departure) Attachments() []migration.Attachment { return d.files }
 // TrackDirty begins to note which pages are written.
 func (d *Departure) TrackDirty() (migration.DirtyLog, error) { return d.Machine.TrackDirty() }
 
-// Pause stops the vCPUs and waits until every SCSI command is complete. From
-// here on nobody but d resumes the guest.
-func (d *Departure) Pause(ctx context.Context) error {
+// Pause stops the vCPUs, says since when, and waits until every SCSI command is
+// complete. From here on nobody but d resumes the guest.
+func (d *Departure) Pause(ctx context.Context) (since time.Time, err error) {
 	if err := d.plug.take(ctx); err != nil {
-		return err
+		return since, err
 	}
 	same := slices.Equal(d.units, d.Machine.units())
 	if same {
@@ -90,9 +90,13 @@ func (d *Departure) Pause(ctx context.Context) error {
 	}
 	d.plug.give()
 	if !same {
-		return errors.New("a LUN was attached or detached since the migration began: migrate again")
+		return since, errors.New("a LUN was attached or detached since the migration began: migrate again")
 	}
-	err := d.Machine.Pause(ctx)
+	// The kernel takes its time to let go of them (see save). Meanwhile the guest
+	// runs; what its devices have to say it hears where it goes on.
+	d.pci.DisconnectInterrupts()
+	since = time.Now()
+	err = d.Machine.Pause(ctx)
 	if err == nil {
 		err = d.Quiesce(ctx)
 	}
@@ -104,7 +108,7 @@ func (d *Departure) Pause(ctx context.Context) error {
 			err = errors.Join(err, again)
 		}
 	}
-	return err
+	return since, err
 }
 
 // Settle implements migration.Source.

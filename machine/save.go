@@ -10,16 +10,16 @@ import (
 )
 
 // Quiesce makes the devices of a paused machine rest: every SCSI command has
-// come back, no device touches guest memory, and interrupts stay where the
-// state can see them. Resume ends that. When ctx is done first the error names
-// what is still in flight, and the machine is as it was.
+// come back, and nobody writes to guest memory any more. Resume ends that. When
+// ctx is done first the error names what is still in flight, and the machine is
+// as it was.
 func (m *Machine) Quiesce(ctx context.Context) error {
 	return m.whilePaused(ctx, func() error { return m.rest(ctx) })
 }
 
 // Save returns the state of a paused machine, whose devices it quiesces first;
-// ctx bounds that alone. Memory is not part of it. The machine can be resumed
-// afterwards as if nothing had been.
+// ctx bounds that alone. Memory is not part of it, and is final before: it may be
+// read meanwhile. The machine can be resumed afterwards as if nothing had been.
 func (m *Machine) Save(ctx context.Context) (state *vmmv1.MachineState, err error) {
 	err = m.whilePaused(ctx, func() error {
 		if err := m.rest(ctx); err != nil {
@@ -44,21 +44,17 @@ func (m *Machine) rest(ctx context.Context) error {
 			return err
 		}
 	}
-	// Deassigning an irqfd waits for its injections that are still queued in
-	// the kernel, so from here on the local APICs are final; what a device
-	// signals now stays in the vector's eventfd, which is its pending bit.
-	m.pci.DisconnectInterrupts()
 	m.rests = true
 	return nil
 }
 
-// wake undoes rest.
+// wake undoes rest and save.
 func (m *Machine) wake() {
+	m.pci.ConnectInterrupts()
 	if !m.rests {
 		return
 	}
 	m.rests = false
-	m.pci.ConnectInterrupts()
 	for _, t := range m.virtio {
 		t.Resume()
 	}
@@ -69,6 +65,10 @@ func (m *Machine) wake() {
 // line or the real-time clock raises meanwhile is in their devices' state, and
 // raises the line again where that is loaded.
 func (m *Machine) save() (*vmmv1.MachineState, error) {
+	// Deassigning an irqfd waits for its injections that are still queued in
+	// the kernel, so from here on the local APICs are final; what a device
+	// has signalled stays in the vector's eventfd, which is its pending bit.
+	m.pci.DisconnectInterrupts()
 	s := &vmmv1.MachineState{ResetControl: &vmmv1.ResetControlState{Value: uint32(m.cf9.State())}, Pvpanic: &vmmv1.PvpanicState{}}
 	if err := m.saveVCPUs(s); err != nil {
 		return nil, err

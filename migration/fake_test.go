@@ -137,20 +137,21 @@ func (s *fakeSource) Settle(ctx context.Context) error {
 	return nil
 }
 
-func (s *fakeSource) Pause(ctx context.Context) error {
+func (s *fakeSource) Pause(ctx context.Context) (since time.Time, err error) {
+	since = time.Now()
 	if s.inPause != nil {
 		s.inPause()
 	}
 	if s.stuck {
 		<-ctx.Done()
-		return fmt.Errorf("LUN data: command 0x2a is still in flight: %w", ctx.Err())
+		return since, fmt.Errorf("LUN data: command 0x2a is still in flight: %w", ctx.Err())
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.paused = true
 	s.pauses++
 	s.g.stop()
-	return nil
+	return since, nil
 }
 
 func (s *fakeSource) Save() (*vmmv1.MachineState, error) {

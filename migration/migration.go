@@ -67,10 +67,10 @@ type Source interface {
 	// go on with another cache, and not for one that stays on this host; then
 	// Pause brings the rest, within its ctx. ctx may end it early.
 	Settle(ctx context.Context) error
-	// Pause stops the vCPUs and waits until every SCSI command is complete. On
-	// an error, ctx's end included, the guest runs on as though it had not
-	// been called.
-	Pause(ctx context.Context) error
+	// Pause stops the vCPUs, says since when, and waits until every SCSI command
+	// is complete. On an error, ctx's end included, the guest runs on as though
+	// it had not been called.
+	Pause(ctx context.Context) (since time.Time, err error)
 	// Save is the state of the paused machine.
 	Save() (*vmmv1.MachineState, error)
 	// Resume undoes Pause.

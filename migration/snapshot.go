@@ -270,7 +270,7 @@ func (s *saving) pause(ctx context.Context) error {
 	}
 	ctx, done := context.WithTimeout(ctx, s.opts.Deadlines.Drain)
 	defer done()
-	if err := s.src.Pause(ctx); err != nil {
+	if _, err := s.src.Pause(ctx); err != nil {
 		return fmt.Errorf("stop the guest: %w", err)
 	}
 	s.paused = true

@@ -31,8 +31,8 @@ func (o *Outgoing) switchOver(log DirtyLog) error {
 func (o *Outgoing) halt(lastRound uint32) error {
 	ctx, done := context.WithTimeout(o.life, o.opts.Deadlines.Drain)
 	defer done()
-	o.pausedAt = time.Now()
-	if err := o.src.Pause(ctx); err != nil {
+	var err error
+	if o.pausedAt, err = o.src.Pause(ctx); err != nil {
 		return fmt.Errorf("stop the guest: %w", err)
 	}
 	o.paused = true
