@@ -2,14 +2,8 @@ package doctor
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
-	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,6 +19,7 @@ import (
 	vmmv1 "vmm/proto/vmm/v1"
 	"vmm/scsi/pr"
 	"vmm/scsi/sg"
+	"vmm/tests/certs"
 )
 
 // say is a list of findings, one line each.
@@ -116,61 +111,11 @@ func TestState(t *testing.T) {
 	}
 }
 
-// authority makes TLS directories.
-type authority struct {
-	t    *testing.T
-	key  *ecdsa.PrivateKey
-	cert *x509.Certificate
-	pem  []byte
-}
-
 var moment = time.Date(2026, 1, 15, 12, 0, 0, 0, time.UTC)
 
-func newAuthority(t *testing.T, until time.Time) *authority {
-	t.Helper()
-	a := &authority{t: t}
-	a.cert = &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "hosts"}, NotBefore: moment.AddDate(-1, 0, 0), NotAfter: until,
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	a.key, a.pem = a.sign(a.cert, nil)
-	return a
-}
-
-// sign signs c, with its own new key if there is no parent.
-func (a *authority) sign(c *x509.Certificate, parent *authority) (*ecdsa.PrivateKey, []byte) {
-	a.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	issuer, with := c, key
-	if parent != nil {
-		issuer, with = parent.cert, parent.key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, issuer, &key.PublicKey, with)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	return key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-}
-
-// directory is a TLS directory with c, signed by a.
-func (a *authority) directory(c *x509.Certificate) string {
-	a.t.Helper()
-	dir := a.t.TempDir()
-	key, cert := a.sign(c, a)
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err == nil {
-		err = errors.Join(
-			os.WriteFile(filepath.Join(dir, migration.FileCA), a.pem, 0o644),
-			os.WriteFile(filepath.Join(dir, migration.FileCert), cert, 0o644),
-			os.WriteFile(filepath.Join(dir, migration.FileKey), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
-	}
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	return dir
+// newAuthority makes one that ends then.
+func newAuthority(t *testing.T, until time.Time) *certs.Authority {
+	return certs.New(t, moment.AddDate(-1, 0, 0), until)
 }
 
 func TestTLS(t *testing.T) {
@@ -178,19 +123,16 @@ func TestTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	both := []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	a := newAuthority(t, moment.AddDate(5, 0, 0))
 	cert := func(change func(*x509.Certificate)) *x509.Certificate {
-		c := &x509.Certificate{
-			SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "host1"}, DNSNames: []string{self, "host1"},
-			NotBefore: moment.AddDate(0, -1, 0), NotAfter: moment.AddDate(1, 0, 0), ExtKeyUsage: both,
-		}
+		c := a.Host(self, "host1")
+		c.NotBefore, c.NotAfter = moment.AddDate(0, -1, 0), moment.AddDate(1, 0, 0)
 		if change != nil {
 			change(c)
 		}
 		return c
 	}
-	a := newAuthority(t, moment.AddDate(5, 0, 0))
-	good := a.directory(cert(nil))
+	good := a.Directory(cert(nil))
 	for _, test := range []struct {
 		name string
 		dir  string
@@ -199,19 +141,19 @@ func TestTLS(t *testing.T) {
 		{"none", "", []string{"ok tls: there are no TLS files"}},
 		{"good", good, []string{"ok tls: " + good, "ok tls certificate: host1, valid until 2027-01-15", "ok tls authority: hosts, valid until 2031-01-15", "ok tls chain: signed", "ok tls names: " + self}},
 		{"nowhere", filepath.Join(good, "nowhere"), []string{"fail tls: TLS: stat "}},
-		{"expired", a.directory(cert(func(c *x509.Certificate) { c.NotAfter = moment.AddDate(0, 0, -1) })),
+		{"expired", a.Directory(cert(func(c *x509.Certificate) { c.NotAfter = moment.AddDate(0, 0, -1) })),
 			[]string{"fail tls certificate: host1 was valid until 2026-01-14 | have a new one signed", "ok tls chain"}},
-		{"soon", a.directory(cert(func(c *x509.Certificate) { c.NotAfter = moment.AddDate(0, 0, 5) })),
+		{"soon", a.Directory(cert(func(c *x509.Certificate) { c.NotAfter = moment.AddDate(0, 0, 5) })),
 			[]string{"warn tls certificate: host1 is valid until 2026-01-20 only"}},
-		{"not yet", a.directory(cert(func(c *x509.Certificate) { c.NotBefore = moment.AddDate(0, 0, 1) })),
+		{"not yet", a.Directory(cert(func(c *x509.Certificate) { c.NotBefore = moment.AddDate(0, 0, 1) })),
 			[]string{"fail tls certificate: host1 is valid from 2026-01-16T12:00:00Z on", "ok tls chain"}},
-		{"an expired authority", newAuthority(t, moment.AddDate(0, 0, -2)).directory(cert(nil)),
+		{"an expired authority", newAuthority(t, moment.AddDate(0, 0, -2)).Directory(cert(nil)),
 			[]string{"fail tls authority: hosts was valid until 2026-01-13"}},
-		{"server only", a.directory(cert(func(c *x509.Certificate) { c.ExtKeyUsage = both[:1] })),
+		{"server only", a.Directory(cert(func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] })),
 			[]string{"fail tls chain: the certificate is not for the use as client (to send them) | have one signed with extendedKeyUsage"}},
-		{"another name", a.directory(cert(func(c *x509.Certificate) { c.DNSNames = []string{"host9.example"} })),
+		{"another name", a.Directory(cert(func(c *x509.Certificate) { c.DNSNames = []string{"host9.example"} })),
 			[]string{"warn tls names: host9.example; not this host's own name, " + self}},
-		{"no name", a.directory(cert(func(c *x509.Certificate) { c.DNSNames = nil })),
+		{"no name", a.Directory(cert(func(c *x509.Certificate) { c.DNSNames = nil })),
 			[]string{"fail tls names: the certificate has no subjectAltName"}},
 	} {
 		h := host{now: moment}
@@ -235,7 +177,7 @@ func TestTLS(t *testing.T) {
 	}
 	// Files that do not belong together, or that anybody can read.
 	other := newAuthority(t, moment.AddDate(5, 0, 0))
-	if err := os.WriteFile(filepath.Join(good, migration.FileCA), other.pem, 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(good, migration.FileCA), other.Files(cert(nil))[migration.FileCA], 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if got := say(host{now: moment}.examineTLS(good)); !strings.Contains(got, "fail tls chain: x509: certificate signed by unknown authority") {

@@ -2,15 +2,8 @@ package migration
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"vmm/tests/certs"
 )
 
 func TestParseAddress(t *testing.T) {
@@ -139,67 +134,22 @@ func TestListenUnix(t *testing.T) {
 	}
 }
 
-// authority makes TLS directories.
-type authority struct {
-	key  *ecdsa.PrivateKey
-	cert *x509.Certificate
+// authority makes the certificates of hosts.
+type authority struct{ *certs.Authority }
+
+func newAuthority(t testing.TB) authority {
+	from, until := certs.Day()
+	return authority{certs.New(t, from, until)}
 }
 
-func newAuthority(t testing.TB) *authority {
+// issue makes those of a host with these names.
+func (a authority) issue(t testing.TB, names ...string) *Certificates {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	c, err := LoadCertificates(a.Directory(a.Host(names...)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &authority{key, cert}
-}
-
-// issue makes a directory for a host with these names.
-func (a *authority) issue(t testing.TB, names ...string) *Certificates {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(2), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, DNSNames: names,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, a.cert, &key.PublicKey, a.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	private, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	for name, b := range map[string]*pem.Block{
-		FileCA:   {Type: "CERTIFICATE", Bytes: a.cert.Raw},
-		FileCert: {Type: "CERTIFICATE", Bytes: der},
-		FileKey:  {Type: "EC PRIVATE KEY", Bytes: private},
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(b), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	certs, err := LoadCertificates(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return certs
+	return c
 }
 
 // overTCP gives r a listener on a free port. Receive closes it.

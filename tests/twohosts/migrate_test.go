@@ -1,79 +1,26 @@
 package twohosts
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"math/big"
 	"net"
 	"strings"
 	"testing"
-	"time"
+
+	"vmm/tests/certs"
 )
 
 const tlsDir = "/etc/vmm/tls"
 
-// authority signs the certificates of hosts.
-type authority struct {
-	t    *testing.T
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t *testing.T) *authority {
-	a := &authority{t: t}
-	a.cert = &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "the authority"}, NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	var der []byte
-	der, a.key = a.sign(a.cert, nil)
-	var err error
-	if a.cert, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	return a
-}
-
-// sign makes a certificate and its key; without an authority it signs itself.
-func (a *authority) sign(c *x509.Certificate, by *authority) ([]byte, *ecdsa.PrivateKey) {
-	a.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	parent, signer := c, key
-	if by != nil {
-		parent, signer = by.cert, by.key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, signer)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	return der, key
+func newAuthority(t *testing.T) *certs.Authority {
+	from, until := certs.Day()
+	return certs.New(t, from, until)
 }
 
 // equip gives a host a TLS directory with a certificate for an address.
-func (a *authority) equip(h *host, dir, address string) {
-	a.t.Helper()
-	der, key := a.sign(&x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: h.name}, NotBefore: a.cert.NotBefore, NotAfter: a.cert.NotAfter,
-		IPAddresses: []net.IP{net.ParseIP(address)}, KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}, a)
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	for name, block := range map[string]pem.Block{
-		"ca.pem":   {Type: "CERTIFICATE", Bytes: a.cert.Raw},
-		"cert.pem": {Type: "CERTIFICATE", Bytes: der},
-		"key.pem":  {Type: "PRIVATE KEY", Bytes: private},
-	} {
-		h.put(dir+"/"+name, pem.EncodeToMemory(&block))
+func (h *host) equip(a *certs.Authority, dir, address string) {
+	c := a.Host()
+	c.IPAddresses = []net.IP{net.ParseIP(address)}
+	for name, data := range a.Files(c) {
+		h.put(dir+"/"+name, data)
 	}
 }
 
@@ -84,7 +31,7 @@ func TestTwoHosts(t *testing.T) {
 	p := startPair(t)
 	ca := newAuthority(t)
 	for _, h := range []*host{p.one, p.two} {
-		ca.equip(h, tlsDir, h.address)
+		h.equip(ca, tlsDir, h.address)
 	}
 	v := boot(p.one)
 	bootID := v.in("cat /proc/sys/kernel/random/boot_id")
@@ -136,10 +83,10 @@ func TestTwoHosts(t *testing.T) {
 
 // refused tries destinations that must not get the guest. It writes all the
 // while, and has what it had.
-func refused(t *testing.T, p *pair, v *vm, ca *authority) {
+func refused(t *testing.T, p *pair, v *vm, ca *certs.Authority) {
 	other := newAuthority(t)
-	other.equip(p.two, "/etc/vmm/stranger", p.two.address)
-	ca.equip(p.two, "/etc/vmm/misnamed", "10.2.0.99")
+	p.two.equip(other, "/etc/vmm/stranger", p.two.address)
+	p.two.equip(ca, "/etc/vmm/misnamed", "10.2.0.99")
 	want := p.one.sh("sg_persist -n -i -s " + p.third.SG + " | grep -v generation")
 	v.churn()
 	stop := p.one.watch("web1")
