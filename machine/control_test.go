@@ -3,6 +3,7 @@ package machine
 import (
 	"context"
 	"errors"
+	"runtime"
 	"testing"
 )
 
@@ -174,8 +175,9 @@ func TestResumeOfAGuestThatMoves(t *testing.T) {
 	<-done
 }
 
-// A guest that was to be stopped, and was not, has its interrupts back once who
-// moves it lets it run, and not before.
+// Interrupts are held back before a guest that moves is stopped. If it is not
+// stopped after all they reach it again once who moves it lets it run, and not
+// before.
 func TestInterruptsOfAGuestThatIsNotStopped(t *testing.T) {
 	m, _, done := start(t, t.Context())
 	d, err := m.Depart(t.Context())
@@ -188,6 +190,27 @@ func TestInterruptsOfAGuestThatIsNotStopped(t *testing.T) {
 	}
 	if held() {
 		t.Fatal("interrupts are held back while the guest runs")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	busy, napped := make(chan struct{}), make(chan error)
+	go func() {
+		napped <- m.ask(t.Context(), requestNap, func() { // nobody stops the guest meanwhile
+			close(busy)
+			for !held() {
+				runtime.Gosched()
+			}
+			cancel()
+			for d.moving.Load() {
+				runtime.Gosched()
+			}
+		})
+	}()
+	<-busy
+	if _, err := d.Pause(ctx); !errors.Is(err, context.Canceled) || held() {
+		t.Errorf("Pause() that is given up = %v, interrupts held back: %v", err, held())
+	}
+	if err := <-napped; err != nil {
+		t.Error(err)
 	}
 	d.moving.Store(true)
 	d.pci.DisconnectInterrupts()

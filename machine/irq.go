@@ -1,7 +1,6 @@
 package machine
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -58,25 +57,42 @@ func (r *interrupts) Connect(e *sys.EventFD, m pci.Message) error {
 	return err
 }
 
-// Disconnect implements pci.Interrupts. For each eventfd KVM waits until nobody
-// uses it any more, which takes milliseconds, but no longer for all at a time.
-func (r *interrupts) Disconnect(events ...*sys.EventFD) error {
+// disconnectAtOnce bounds the system calls that Disconnect makes at a time, as each
+// takes one of Go's Ps from who else needs it.
+const disconnectAtOnce = 4
+
+// Disconnect implements pci.Interrupts. KVM waits for each eventfd until nobody
+// uses it any more, which takes milliseconds, but hardly longer for several.
+func (r *interrupts) Disconnect(events ...*sys.EventFD) (err error) {
+	// Held to the end: until then late signals find their way by the route.
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	errs := make([]error, len(events))
-	var ended sync.WaitGroup
-	for n, e := range events {
-		i := r.find(e)
-		if i < 0 {
-			continue
+	for some := range slices.Chunk(events, disconnectAtOnce) {
+		errs := make([]error, len(some))
+		var others sync.WaitGroup
+		for n, e := range some[1:] {
+			others.Go(func() { errs[n+1] = r.deassign(e) })
 		}
-		// The route stays in the kernel's table until the next load: nothing
-		// leads to it.
-		r.routes[i] = msiRoute{}
-		ended.Go(func() { errs[n] = r.vm.DeassignIRQFD(e.FD(), kvm.FirstMSI+kvm.GSI(i)) })
+		errs[0] = r.deassign(some[0])
+		others.Wait()
+		for i, e := range some { // the routes stay in the kernel's table until the next load
+			if at := r.find(e); at >= 0 {
+				r.routes[at] = msiRoute{}
+			}
+			if err == nil {
+				err = errs[i]
+			}
+		}
 	}
-	ended.Wait()
-	return errors.Join(errs...)
+	return err
+}
+
+func (r *interrupts) deassign(e *sys.EventFD) error {
+	i := r.find(e)
+	if i < 0 {
+		return nil
+	}
+	return r.vm.DeassignIRQFD(e.FD(), kvm.FirstMSI+kvm.GSI(i))
 }
 
 func (r *interrupts) find(e *sys.EventFD) int {

@@ -18,8 +18,8 @@ func (m *Machine) Quiesce(ctx context.Context) error {
 }
 
 // Save returns the state of a paused machine, whose devices it quiesces first;
-// ctx bounds that alone. Memory is not part of it, and is final before: it may be
-// read meanwhile. The machine can be resumed afterwards as if nothing had been.
+// ctx bounds that alone. Memory is not part of it. The machine can be resumed
+// afterwards as if nothing had been.
 func (m *Machine) Save(ctx context.Context) (state *vmmv1.MachineState, err error) {
 	err = m.whilePaused(ctx, func() error {
 		if err := m.rest(ctx); err != nil {

@@ -47,8 +47,9 @@ type Interrupts interface {
 	// the message.
 	Connect(e *sys.EventFD, m Message) error
 
-	// Disconnect ends that for all of events. When it returns no signal of
-	// theirs is on its way, and later ones stay in their counts.
+	// Disconnect ends that for all of events; its error is the first one's that
+	// has one. When it returns no signal of theirs is on its way, and later ones
+	// stay in their counts.
 	Disconnect(events ...*sys.EventFD) error
 }
 

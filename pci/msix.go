@@ -169,8 +169,9 @@ func (m *MSIX) unwanted(first, end int) (events []*sys.EventFD) {
 
 func (m *MSIX) controlWritten() {
 	on := binary.LittleEndian.Uint16(m.f.config[m.control:])&msixEnable != 0
-	if on && !m.enabled.Load() {
-		// Signals from before were no messages.
+	if h := m.f.host; on && !m.enabled.Load() && h != nil && h.connected.Load() {
+		// Signals from before were no messages. Where interrupts are held back
+		// they may be.
 		for _, e := range m.events {
 			e.Drain()
 		}

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"maps"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -770,5 +772,87 @@ func BenchmarkWindow(b *testing.B) {
 				w.Read(0x14, p)
 			}
 		})
+	}
+}
+
+// slowKernel is a kernel that takes its time to disconnect interrupts.
+type slowKernel struct {
+	pcitest.Kernel
+	meanwhile func(events []*sys.EventFD)
+}
+
+func (k *slowKernel) Disconnect(events ...*sys.EventFD) error {
+	k.meanwhile(events)
+	return k.Kernel.Disconnect(events...)
+}
+
+// The vectors of all functions are disconnected in one call, and until it has
+// returned a guest that runs sees none of them as it was or will be.
+func TestDisconnectInterruptsOfAll(t *testing.T) {
+	var kernel slowKernel
+	h := pci.NewHost(pci.HostConfig{Window: windowStart, WindowSize: windowSize, Interrupts: &kernel, IOEvents: &kernel})
+	b := &bench{Host: h}
+	var reached []*pci.MSIX
+	for slot := 1; slot <= 2; slot++ {
+		f := pci.NewFunction(pci.ID{Vendor: 0x1af4, Device: 0x1048})
+		m, err := f.AddMSIX(0, vectors)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Add(slot, f); err != nil {
+			t.Fatal(err)
+		}
+		reached = append(reached, m)
+		for v := range vectors {
+			at, message := uint64(16*v), message(16*slot+v)
+			le(m, at, 8, uint64(message.Address))
+			le(m, at+8, 8, uint64(message.Data)) // and not masked
+		}
+		b.config(slot, msixControl, 2, 0x8000)
+	}
+	if n := kernel.Connected(); n != 2*vectors {
+		t.Fatalf("%d interrupts connected; want all %d", n, 2*vectors)
+	}
+	var guest sync.WaitGroup
+	var seen atomic.Int32
+	calls := 0
+	kernel.meanwhile = func(events []*sys.EventFD) {
+		calls++
+		if len(events) != 2*vectors {
+			t.Errorf("%d interrupts are disconnected at a time; want all %d", len(events), 2*vectors)
+		}
+		var begun sync.WaitGroup
+		for _, m := range reached {
+			begun.Add(1)
+			guest.Go(func() {
+				begun.Done()
+				le(m, 0, 4)
+				seen.Add(1)
+			})
+		}
+		begun.Wait()
+		for range 1000 {
+			runtime.Gosched()
+		}
+		if n := seen.Load(); n != 0 {
+			t.Errorf("%d functions answer while they are disconnected", n)
+		}
+	}
+	h.DisconnectInterrupts()
+	guest.Wait()
+	if n := kernel.Connected(); calls != 1 || n != 0 {
+		t.Errorf("%d calls, then %d interrupts connected; want one call, none", calls, n)
+	}
+	kernel.meanwhile = func([]*sys.EventFD) {}
+	// A signal that waits is not lost to a driver that switches MSI-X off and on.
+	reached[0].Signal(0)
+	b.config(1, msixControl, 2, 0)
+	b.config(1, msixControl, 2, 0x8000)
+	h.ConnectInterrupts()
+	if got := kernel.Interrupt(message(16)); got == nil || got.Drain() != 1 {
+		t.Error("the signal of an interrupt that was held back is lost")
+	}
+	if err := h.Close(); err != nil {
+		t.Error(err)
 	}
 }

@@ -46,13 +46,14 @@ func (k *Kernel) Disconnect(events ...*sys.EventFD) error {
 	if k.fail != nil {
 		return k.fail
 	}
+	var err error
 	for _, e := range events {
-		if _, ok := k.routes[e]; !ok {
-			return fmt.Errorf("eventfd %d is not connected", e.FD())
+		if _, ok := k.routes[e]; !ok && err == nil {
+			err = fmt.Errorf("eventfd %d is not connected", e.FD())
 		}
 		delete(k.routes, e)
 	}
-	return nil
+	return err
 }
 
 func (k *Kernel) Add(gpa memory.GPA, e *sys.EventFD) error {
