@@ -4,7 +4,7 @@
 //
 //	wire.go, transportid.go   PERSISTENT RESERVE IN and OUT, parsed and encoded
 //	target.go, quirks.go      the reference target: any number of I_T nexuses
-//	store.go                  the same beside an image file, shared by processes
+//	store.go, store_state.go  the same beside an image file, shared by processes
 //	tracker.go                from a guest's commands and status to its state
 //	machine.go                what the state machines of a takeover have in common
 //	takeover.go, source.go    its two ends, the forced resume, snapshots, recovery
