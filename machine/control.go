@@ -219,7 +219,7 @@ func (m *Machine) serve(ctx context.Context) error {
 				m.gate.release()
 				close(r.done)
 			case requestResume:
-				if !m.moving.Load() { // any more: it was to be stopped, and was not
+				if !m.moving.Load() { // its interrupts are held back if Departure.Pause has failed
 					m.pci.ConnectInterrupts()
 				}
 				close(r.done)

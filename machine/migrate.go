@@ -92,8 +92,9 @@ func (d *Departure) Pause(ctx context.Context) (since time.Time, err error) {
 	if !same {
 		return since, errors.New("a LUN was attached or detached since the migration began: migrate again")
 	}
-	// The kernel takes its time to let go of them (see save). Meanwhile the guest
-	// runs; what its devices have to say it hears where it goes on.
+	// They have to be gone before save reads the local APICs, and the kernel takes
+	// milliseconds to let go of them. Meanwhile the guest runs; what its devices
+	// have to say it hears where it goes on.
 	d.pci.DisconnectInterrupts()
 	since = time.Now()
 	err = d.Machine.Pause(ctx)
