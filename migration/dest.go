@@ -36,6 +36,7 @@ type arrival struct {
 
 	readers  sync.WaitGroup
 	conns    []net.Conn
+	turn     sync.Mutex    // whose it is to write into the memory's file
 	bytes    atomic.Uint64 // of pages and attachments that came: the link lives
 	marks    chan mark
 	count    map[uint32]int // channels that have ended a round
@@ -278,7 +279,7 @@ func (a *arrival) open(ctx context.Context) error {
 
 // read reads a data connection until it ends. marks is drained until then.
 func (a *arrival) read(conn net.Conn, marks chan<- mark) {
-	p := newPageReader(conn, a.machine.RAM(), &a.bytes, len(a.conns))
+	p := newPageReader(conn, a.machine.RAM(), &a.turn, &a.bytes)
 	defer p.close()
 	for {
 		round, err := p.next()

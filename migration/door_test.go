@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -54,20 +55,26 @@ func tcpPair(t testing.TB) (a, b net.Conn) {
 }
 
 // Pages that go by the door are the source's, round after round: runs of all
-// lengths, zero ones among them, that clear what came before.
+// lengths, zero ones among them, that clear what came before. In some rounds
+// another connection is at the file.
 func TestDoor(t *testing.T) {
 	for name, pair := range map[string]func(testing.TB) (net.Conn, net.Conn){"unix": socketPair, "tcp": tcpPair} {
 		t.Run(name, func(t *testing.T) {
 			const size = 8 << 20
 			ram, to := newRAM(t, size), newRAM(t, size)
 			out, in := pair(t)
+			var turn sync.Mutex
 			var came atomic.Uint64
-			r := newPageReader(in, to, &came, 1)
+			r := newPageReader(in, to, &turn, &came)
 			defer r.close()
 			c := &channel{conn: out, idle: time.Minute}
 			random := rand.New(rand.NewPCG(1, 2))
 			sent := uint64(0)
 			for round := uint32(1); round <= 8; round++ {
+				busy := round%3 == 0
+				if busy {
+					turn.Lock()
+				}
 				errs := make(chan error, 1)
 				go func() {
 					got, err := r.next()
@@ -101,6 +108,9 @@ func TestDoor(t *testing.T) {
 				sent += frameHead
 				if err := <-errs; err != nil {
 					t.Fatalf("round %d: %v", round, err)
+				}
+				if busy {
+					turn.Unlock()
 				}
 				same(t, to, ram)
 			}
@@ -144,7 +154,7 @@ func TestDoorBreaks(t *testing.T) {
 				t.Fatal(err)
 			}
 			asked := make(chan struct{}, pages*memory.PageSize)
-			r := newPageReader(&strange{in, raw, asked}, newRAM(t, 1<<20), new(atomic.Uint64), 1)
+			r := newPageReader(&strange{in, raw, asked}, newRAM(t, 1<<20), new(sync.Mutex), new(atomic.Uint64))
 			defer r.close()
 			if r.door == nil {
 				t.Fatal("there is no door")
@@ -192,7 +202,7 @@ func TestNoDoor(t *testing.T) {
 	if _, err := out.Write(recorded(t, ram, run{0x3000, 5 * memory.PageSize})); err != nil {
 		t.Fatal(err)
 	}
-	r := newPageReader(&strange{in, raw, make(chan struct{}, 1)}, to, new(atomic.Uint64), 1)
+	r := newPageReader(&strange{in, raw, make(chan struct{}, 1)}, to, new(sync.Mutex), new(atomic.Uint64))
 	defer r.close()
 	if r.door == nil {
 		t.Fatal("there is no door to try")

@@ -268,14 +268,10 @@ type pageReader struct {
 	table [maxRuns * frameRun]byte
 }
 
-// newPageReader reads one of so many connections of a migration, and counts in
-// came the bytes that arrive. It is to be closed before ram is.
-func newPageReader(conn net.Conn, ram *memory.RAM, came *atomic.Uint64, channels int) *pageReader {
-	p := &pageReader{r: countingReader{conn, came}, ram: ram}
-	if channels == 1 { // several would wait for each other at the file's lock
-		p.door = newDoor(conn, ram, came)
-	}
-	return p
+// newPageReader reads one connection of a migration, whose connections share
+// turn, and counts in came the bytes that arrive. It is to be closed before ram is.
+func newPageReader(conn net.Conn, ram *memory.RAM, turn *sync.Mutex, came *atomic.Uint64) *pageReader {
+	return &pageReader{r: countingReader{conn, came}, ram: ram, door: newDoor(conn, ram, turn, came)}
 }
 
 func (p *pageReader) close() {

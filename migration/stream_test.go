@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -250,7 +251,7 @@ func FuzzPages(f *testing.F) {
 			out.Write(b)
 			out.Close()
 		}()
-		q := newPageReader(conn, spliced, new(atomic.Uint64), 1)
+		q := newPageReader(conn, spliced, new(sync.Mutex), new(atomic.Uint64))
 		defer q.close()
 		if q.door == nil {
 			t.Fatal("there is no door")
@@ -332,6 +333,7 @@ func stream(b *testing.B, channels int, dial func(net.Listener) func() net.Conn,
 	}
 	connect := dial(ln)
 	p := &pump{ram: ram}
+	var turn sync.Mutex
 	done := make(chan error, channels)
 	for range channels {
 		accepted := make(chan net.Conn, 1) // a TLS client waits for the first read
@@ -341,7 +343,7 @@ func stream(b *testing.B, channels int, dial func(net.Listener) func() net.Conn,
 				b.Error(err)
 			}
 			accepted <- c
-			r := newPageReader(c, to, new(atomic.Uint64), channels)
+			r := newPageReader(c, to, &turn, new(atomic.Uint64))
 			defer r.close()
 			for {
 				_, err := r.next()

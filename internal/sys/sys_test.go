@@ -191,13 +191,16 @@ func TestPipe(t *testing.T) {
 	if n, err := p.From(in, size); n != 3 || err != nil {
 		t.Errorf("From = %d, %v; want the 3 that were left", n, err)
 	}
-	if err := p.To(int(file.Fd()), 5000, 6); err != nil {
+	if err := p.To(int(file.Fd()), 5000, 4); err != nil {
 		t.Error(err)
+	}
+	if b := make([]byte, 2); p.Into(b) != nil || string(b) != " t" {
+		t.Errorf("Into gives %q; want the next two", b)
 	}
 	if err := p.To(int(file.Fd()), 3, 2); err != nil {
 		t.Error(err)
 	}
-	for at, want := range map[int64]string{5000: "one, t", 3: "wo", 5006: "\x00\x00", 5: "\x00"} {
+	for at, want := range map[int64]string{5000: "one,", 3: "wo", 5004: "\x00\x00", 5: "\x00"} {
 		got := make([]byte, len(want))
 		if _, err := file.ReadAt(got, at); err != nil || string(got) != want {
 			t.Errorf("at %d there is %q, %v; want %q", at, got, err, want)
@@ -217,5 +220,8 @@ func TestPipe(t *testing.T) {
 	}
 	if err := p.To(int(file.Fd()), 0, 1); err != os.ErrClosed {
 		t.Errorf("To after Close: %v", err)
+	}
+	if err := p.Into(make([]byte, 1)); err != os.ErrClosed {
+		t.Errorf("Into after Close: %v", err)
 	}
 }
