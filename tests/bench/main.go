@@ -91,6 +91,9 @@ func stream(vmm string, size, rounds int) error {
 	rates := make([][]float64, len(movers))
 	for round := range rounds + 1 {
 		for i, m := range movers {
+			if err := warm(size); err != nil {
+				return err
+			}
 			rate, err := m.move()
 			if err != nil {
 				return fmt.Errorf("%s, %d connections: %w", m.who, m.connections, err)
@@ -114,6 +117,18 @@ func stream(vmm string, size, rounds int) error {
 	}
 	fmt.Printf("QEMU has multifd where there are 2 connections or more; \"of copy\" is the median of the rounds' ratios; the load is %s\n", load())
 	return nil
+}
+
+// warm has the host use and free as much memory as a guest needs, and then some,
+// before each measurement: a host that is a virtual machine itself may have given
+// its free memory back, and gets it anew page by page, slower than any copy.
+func warm(guest int) error {
+	m, err := sys.MapAnonymous(guest + guest/2)
+	if err != nil {
+		return err
+	}
+	clear(m.Bytes())
+	return m.Close()
 }
 
 func median(x []float64) float64 {

@@ -81,6 +81,9 @@ func movesOf(name, vmm string, s shape, rounds int) error {
 	}{{who: "vmm", pair: ours}, {who: "qemu", pair: theirs}}
 	for round := range rounds + 1 {
 		for i := range pairs {
+			if err := warm(s.memory); err != nil {
+				return err
+			}
 			p, other := &pairs[i], &pairs[1-i]
 			from := p.pair.guest()
 			other.pair.guest().still(true)
