@@ -12,6 +12,7 @@ import (
 	hype "github.com/c35s/hype/kvm"
 	"golang.org/x/sys/unix"
 
+	"vmm/internal/sys"
 	"vmm/memory"
 )
 
@@ -26,7 +27,7 @@ type VCPU struct {
 	run           []byte         // struct kvm_run, shared with the kernel; see immediateExit
 	immediateExit *atomic.Uint32 // in run
 
-	kickMu sync.Mutex   // held while tid is signalled, and to unbind it
+	kickMu sync.Mutex   // held while something is done to tid, and to unbind it
 	tid    atomic.Int32 // the bound OS thread, 0 if none
 }
 
@@ -152,6 +153,25 @@ func (c *VCPU) Kick() error {
 	err := unix.Tgkill(os.Getpid(), tid, kickSignal)
 	if err != nil {
 		return with(failure("tgkill", err), "vcpu %d thread %d signal %d", c.id, tid, kickSignal)
+	}
+	return nil
+}
+
+// Renice adds to the nice value of the bound thread (setpriority(2)). Of a vCPU that
+// is bound to none there is nothing to do.
+func (c *VCPU) Renice(by int) error {
+	c.kickMu.Lock()
+	defer c.kickMu.Unlock()
+	tid := int(c.tid.Load())
+	if tid == 0 {
+		return nil
+	}
+	nice, err := sys.Nice(tid)
+	if err == nil {
+		err = unix.Setpriority(unix.PRIO_PROCESS, tid, nice+by)
+	}
+	if err != nil {
+		return with(failure("setpriority", err), "vcpu %d thread %d nice %+d", c.id, tid, by)
 	}
 	return nil
 }

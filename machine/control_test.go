@@ -3,8 +3,12 @@ package machine
 import (
 	"context"
 	"errors"
+	"os"
 	"runtime"
+	"strconv"
 	"testing"
+
+	"vmm/internal/sys"
 )
 
 // start runs a machine until its guest has said hello.
@@ -54,6 +58,48 @@ func TestPauseAndResume(t *testing.T) {
 		if !errors.Is(err, ErrEnded) {
 			t.Errorf("%s() = %v; want ErrEnded", name, err)
 		}
+	}
+}
+
+// The threads of the vCPUs give way, those alone, and as long as they are told to.
+func TestGiveWay(t *testing.T) {
+	if !sys.CanRenice(wayNice) {
+		t.Skip("this process may not raise a priority again")
+	}
+	m, _, _ := start(t, t.Context())
+	before, err := sys.Nice(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lower := func() (n int) {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, task := range tasks {
+			tid, err := strconv.Atoi(task.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if nice, err := sys.Nice(tid); err == nil && nice == before+wayNice {
+				n++
+			}
+		}
+		return n
+	}
+	for _, x := range []struct {
+		on   bool
+		want int
+	}{{false, 0}, {true, 2}, {true, 2}, {false, 0}, {false, 0}, {true, 2}} {
+		if m.GiveWay(x.on); lower() != x.want {
+			t.Errorf("GiveWay(%v): %d threads have another priority; want %d", x.on, lower(), x.want)
+		}
+	}
+	if err := m.Pause(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if m.GiveWay(false); lower() != 0 {
+		t.Errorf("of a paused guest %d threads keep another priority", lower())
 	}
 }
 

@@ -3,6 +3,8 @@ package machine
 import (
 	"context"
 	"time"
+
+	"vmm/internal/sys"
 )
 
 // throttlePeriod is what a throttled guest's time is divided into: short
@@ -36,5 +38,31 @@ func (m *Machine) slow() {
 			return // the guest has ended
 		}
 		time.Sleep(throttlePeriod - nap)
+	}
+}
+
+// wayNice is what is added to the nice value of vCPUs that give way: against one
+// other thread they get a quarter of a processor then (sched(7)), and all of one
+// that nobody else wants.
+const wayNice = 5
+
+// GiveWay says whether the vCPUs leave the processors to others where there are
+// too few, this host's part of a migration first of all: the memory of a guest
+// that works is copied much sooner then, and the guest writes less of it
+// meanwhile. Where this process may not take that back it is not begun. There is
+// one caller at a time.
+func (m *Machine) GiveWay(on bool) {
+	if on == m.givesWay || on && !sys.CanRenice(wayNice) {
+		return
+	}
+	m.givesWay = on
+	by := wayNice
+	if !on {
+		by = -wayNice
+	}
+	for _, v := range m.vcpus {
+		if err := v.cpu.Renice(by); err != nil {
+			m.cfg.Warn(err.Error())
+		}
 	}
 }

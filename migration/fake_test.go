@@ -57,6 +57,7 @@ type fakeSource struct {
 	paused    bool
 	pauses    int
 	throttles []int
+	givesWay  bool
 }
 
 func newSource(t testing.TB, size uint64) *fakeSource {
@@ -68,6 +69,11 @@ func newSource(t testing.TB, size uint64) *fakeSource {
 	}
 	t.Cleanup(func() { alias.Close() })
 	s := &fakeSource{g: &guest{t: t}, ram: ram, alias: alias, cpu: "cpu"}
+	t.Cleanup(func() {
+		if s.givesWay {
+			t.Error("in the end the guest still gives way")
+		}
+	})
 	s.g.run()
 	return s
 }
@@ -127,6 +133,12 @@ func (s *fakeSource) Throttle(percent int) {
 	s.throttles = append(s.throttles, percent)
 }
 
+func (s *fakeSource) GiveWay(on bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.givesWay = on
+}
+
 func (s *fakeSource) Settle(ctx context.Context) error {
 	s.mu.Lock()
 	s.settles++
@@ -148,6 +160,9 @@ func (s *fakeSource) Pause(ctx context.Context) (since time.Time, err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.givesWay {
+		s.g.t.Error("the guest is stopped while it gives way")
+	}
 	s.paused = true
 	s.pauses++
 	s.g.stop()
@@ -179,6 +194,9 @@ func (l *fakeLog) Collect() (uint64, error) {
 	}
 	l.s.mu.Lock()
 	defer l.s.mu.Unlock()
+	if l.s.givesWay == l.s.paused {
+		l.s.g.t.Errorf("the guest gives way: %v; it is paused: %v", l.s.givesWay, l.s.paused)
+	}
 	n := len(l.taken)
 	for p := range l.s.dirty {
 		if !l.taken[p] {

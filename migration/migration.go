@@ -62,6 +62,9 @@ type Source interface {
 	TrackDirty() (DirtyLog, error)
 	// Throttle takes percent (0 to 99) of the vCPUs' time away.
 	Throttle(percent int)
+	// GiveWay says whether the vCPUs leave the processors to others where there
+	// are too few.
+	GiveWay(on bool)
 	// Settle brings to the disks, while the guest runs, what this host has in
 	// its page cache of what the guest wrote. It is called where the guest may
 	// go on with another cache, and not for one that stays on this host; then

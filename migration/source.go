@@ -346,6 +346,8 @@ func (o *Outgoing) copy() error {
 		return fmt.Errorf("track written pages: %w", err)
 	}
 	defer log.Close()
+	o.src.GiveWay(true)
+	defer o.src.GiveWay(false)
 	var deadline time.Time
 	if o.opts.Timeout > 0 {
 		deadline = time.Now().Add(o.opts.Timeout)

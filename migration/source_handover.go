@@ -13,6 +13,7 @@ import (
 // switchOver stops the guest and sends the rest: state, then last pages.
 func (o *Outgoing) switchOver(log DirtyLog) error {
 	o.unthrottle()
+	o.src.GiveWay(false) // it is to stop at once
 	o.pages.limit.set(0)
 	if err := o.halt(uint32(o.rounds + 1)); err != nil {
 		return err

@@ -30,6 +30,29 @@ func GiveWay() error {
 	return err
 }
 
+// Nice is the nice value of a thread, -20 to 19; 0 is the calling one.
+func Nice(tid int) (int, error) {
+	const top = 20 // which the system call takes it from (getpriority(2))
+	n, err := unix.Getpriority(unix.PRIO_PROCESS, tid)
+	return top - n, err
+}
+
+// CanRenice says whether this process may add by to a thread's nice value and take
+// it away again: that is for CAP_SYS_NICE or RLIMIT_NICE to allow.
+func CanRenice(by int) bool {
+	can := make(chan bool)
+	go func() {
+		runtime.LockOSThread() // to the end: the thread goes with it
+		before, err := Nice(0)
+		if err == nil {
+			err = unix.Setpriority(unix.PRIO_PROCESS, 0, before+by)
+		}
+		after, nerr := Nice(0)
+		can <- errors.Join(err, nerr) == nil && after == before+by && unix.Setpriority(unix.PRIO_PROCESS, 0, before) == nil
+	}()
+	return <-can
+}
+
 // CalmMonitor lets the thread with which Go's scheduler watches over threads in
 // system calls (sysmon) sleep up to ten milliseconds longer than it asks for. It
 // asks for 20 us at a time, and goes back to that whenever it has found a system

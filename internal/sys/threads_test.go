@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -64,6 +65,40 @@ func TestGiveWay(t *testing.T) {
 	}
 	close(done)
 	threads.Wait()
+}
+
+// Where RLIMIT_NICE forbids the way back, and no capability allows it, there is
+// none; and none that leads beyond the last value.
+func TestCanRenice(t *testing.T) {
+	before, err := Nice(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if CanRenice(40) {
+		t.Error("40 more are 19 at most, and cannot be taken away again")
+	}
+	if nice, err := Nice(0); nice != before || err != nil {
+		t.Errorf("the nice value is %d, %v; before it was %d", nice, err, before)
+	}
+	if os.Getenv("CAN_RENICE") == "no" {
+		if CanRenice(1) {
+			t.Error("nobody may")
+		}
+		return
+	}
+	if os.Getuid() != 0 {
+		t.Skip("only root is sure to be allowed to")
+	}
+	if !CanRenice(1) {
+		t.Error("root may not")
+	}
+	c := exec.Command("/proc/self/exe", "-test.run=^TestCanRenice$", "-test.v")
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	c.Env = append(os.Environ(), "CAN_RENICE=no")
+	out, err := c.CombinedOutput()
+	if err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
 }
 
 // The thread that is slowed down is the one that sleeps while all else works, and
