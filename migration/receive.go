@@ -84,7 +84,6 @@ func Receive(ctx context.Context, ln net.Listener, host Host, opts ReceiveOption
 		r.wg.Wait()
 	}
 	r.wg.Go(func() { r.accept(life, ln) })
-	go rehearse() // nobody waits for this host yet
 	for {
 		select {
 		case <-ctx.Done():

@@ -10,13 +10,14 @@ import (
 	vmmv1 "vmm/proto/vmm/v1"
 )
 
-// rehearse does, while the guest runs and at a destination before there is one,
-// what would otherwise be done for the first time while it stands still: the
-// monitor's code comes from its file, protobuf makes its tables of each type of
-// message, and the garbage of what came before is collected. It is a help, so a
-// failure is none.
-func rehearse() {
+// Rehearse does, while the guest runs and at a destination before anybody is told
+// to come, what would otherwise be done for the first time when a guest waits for
+// it: the monitor's code comes from its file, protobuf makes its tables of each
+// type of message, there are threads, and the garbage of what came before is
+// collected. It is a help, so a failure is none.
+func Rehearse() {
 	_ = sys.PopulateProgram()
+	_ = sys.CalmMonitor()
 	m := (&vmmv1.StreamMessage{}).ProtoReflect()
 	bodies := m.Descriptor().Oneofs().ByName("body").Fields()
 	for i := range bodies.Len() {

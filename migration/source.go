@@ -187,7 +187,7 @@ func (o *Outgoing) migrate() error {
 	if err := o.refuse(); err != nil {
 		return err
 	}
-	go rehearse()
+	go Rehearse()
 	move := o.copy
 	if o.opts.Local {
 		move = o.switchLocal

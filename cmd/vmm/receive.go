@@ -114,6 +114,7 @@ func (f *receiveFlags) run(c *cobra.Command, name string) (err error) {
 	}
 	ctx, keep := signals.context(c.Context())
 	defer keep()
+	migration.Rehearse()
 	warn(fmt.Sprintf("waiting for a guest at %v", address))
 	if err := f.background.ready("%s waits in the background for a guest at %v (pid %d)", name, address, os.Getpid()); err != nil {
 		ln.Close()

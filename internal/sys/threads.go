@@ -61,8 +61,11 @@ func CanRenice(by int) bool {
 //
 // A thread has the slack of the one that creates it. So that this one need not
 // create any, there are some more threads from now on, which are idle. Should it
-// create one all the same, that one's timers are less exact, nothing worse.
-func CalmMonitor() error {
+// create one all the same, that one's timers are less exact, nothing worse. Later
+// calls answer what the first one did.
+func CalmMonitor() error { return calmed() }
+
+var calmed = sync.OnceValue(func() error {
 	const slack = "10000000" // ns
 	makeThreads(spareThreads)
 	tasks, err := os.Open("/proc/self/task")
@@ -86,7 +89,7 @@ func CalmMonitor() error {
 	}
 	_, err = f.WriteString(slack)
 	return errors.Join(err, f.Close())
-}
+})
 
 // spareThreads is for system calls that block beside those of vCPUs and queue
 // workers, which have their threads from others. It is a guess, on the safe side.
