@@ -68,7 +68,8 @@ type devices struct {
 
 // inHost makes the LUN and gives it to the initiators (target INITIATOR...), or
 // logs in to it (login INITIATOR TARGET), and prints the devices; or it prints
-// the states of a guest (watch NAME).
+// the states of a guest (watch NAME), or is a source of another version (relay
+// FROM TO).
 func inHost(what string, args []string) (err error) {
 	ctx := context.Background()
 	var d devices
@@ -89,6 +90,8 @@ func inHost(what string, args []string) (err error) {
 		}
 	case what == "watch" && len(args) == 1:
 		return watch(ctx, args[0])
+	case what == "relay" && len(args) == 2:
+		return relay(args[0], args[1])
 	default:
 		return fmt.Errorf("not a thing to do in a host: %s %v", what, args)
 	}
@@ -547,38 +550,49 @@ func (v *vm) stopChurn() {
 	v.churned()
 }
 
-// watch notes what happens to a guest of h until stop, which returns the states
-// that it was in.
-func (h *host) watch(name string) (stop func() (states []string)) {
+// does begins what this program does in a host (inHost), and waits until it says
+// something.
+func (h *host) does(says, what string, args ...string) (out *guest.Output, end func()) {
 	h.t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	out := guest.NewOutput()
-	cmd := h.Command(h.t.Context(), "/share/"+filepath.Base(self), "watch", name)
+	out = guest.NewOutput()
+	cmd := h.Command(h.t.Context(), "/share/"+filepath.Base(self), append([]string{what}, args...)...)
 	cmd.Stdout = out
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
 	}
-	await := func(count int, state string) {
-		ctx, cancel := context.WithTimeout(h.t.Context(), startTime)
-		defer cancel()
-		if err := out.Wait(ctx, nil, func(have string) bool { return strings.Count(have, state) >= count }); err != nil {
-			h.t.Fatalf("host %s: guest %s was %q; want %s: %v", h.name, name, out, state, err)
-		}
+	h.awaits(out, says, 1)
+	return out, func() {
+		_ = cmd.Signal(unix.SIGKILL) // it may have ended by itself
+		_ = cmd.Wait()
 	}
-	await(1, "running")
+}
+
+// awaits waits until out has a text so many times.
+func (h *host) awaits(out *guest.Output, text string, count int) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), startTime)
+	defer cancel()
+	if err := out.Wait(ctx, nil, func(have string) bool { return strings.Count(have, text) >= count }); err != nil {
+		h.t.Fatalf("host %s: there was %q; want %s: %v", h.name, out, text, err)
+	}
+}
+
+// watch notes what happens to a guest of h until stop, which returns the states
+// that it was in.
+func (h *host) watch(name string) (stop func() (states []string)) {
+	h.t.Helper()
+	out, end := h.does("running", "watch", name)
 	return func() []string {
 		h.t.Helper()
 		before := strings.Count(out.String(), "running")
 		// Events come in order: those of a pause and a resume end the watch.
 		h.sh("/share/vmm pause " + name + " && /share/vmm resume " + name)
-		await(before+1, "running")
-		if err := cmd.Signal(unix.SIGKILL); err != nil {
-			h.t.Error(err)
-		}
-		_ = cmd.Wait()
+		h.awaits(out, "running", before+1)
+		end()
 		states := strings.Fields(out.String())
 		return states[:len(states)-2]
 	}

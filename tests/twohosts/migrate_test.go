@@ -156,6 +156,25 @@ func refusedOthers(t *testing.T, p *pair) {
 			p.one.sh("/share/vmm stop web2 --force")
 		})
 	}
+	t.Run("another version of the stream", func(t *testing.T) {
+		const between = "127.0.0.1:4445"
+		p.one.sh("/share/vmm run web2 --detach --kernel /share/cloud/bzImage --cmdline panic=0 --memory 128M --cpu x86-64-v2")
+		stop := p.one.watch("web2")
+		w := p.two.start("receive", "web2", "--listen", "tcp://"+p.two.address+":4444", "--insecure")
+		w.await(w.stderr, "waiting for a guest")
+		_, end := p.one.does("listening", "relay", between, p.two.address+":4444")
+		m := p.one.start("migrate", "web2", "tcp://"+between)
+		if status := m.wait(); status != 1 || !strings.Contains(m.stderr.String(), "the source speaks version 2 of the stream, this destination version 1") {
+			t.Errorf("vmm migrate ended with %d, %q; want 1, and to hear of both versions", status, m.stderr)
+		}
+		t.Logf("%s", m.stderr)
+		if states := stop(); len(states) != 1 {
+			t.Errorf("meanwhile the guest was %v; want it never to have stood still", states)
+		}
+		end()
+		w.kill()
+		p.one.sh("/share/vmm stop web2 --force")
+	})
 	t.Run("a port where something else listens", func(t *testing.T) {
 		p.two.sh("nc -l -p 4444 >/dev/null </dev/null & while ! netstat -ltn | grep -q :4444; do sleep 0.1; done")
 		stop := p.one.watch("web1")
