@@ -10,8 +10,8 @@ import (
 
 // Pipe is a pipe(2) through which splice(2) moves bytes from a stream socket into
 // a file within the kernel, mostly as references to the pages in which they came.
-// The file need not be mapped, so that none of its pages is faulted in. Where it
-// is mapped, and busy, they can be copied into it after all. One goroutine at a time uses it, Close included.
+// The file need not be mapped, so that none of its pages is faulted in. One
+// goroutine at a time uses it, Close included.
 type Pipe struct {
 	r, w int // -1 after Close
 	size int
@@ -83,7 +83,8 @@ func (p *Pipe) To(file int, offset int64, n int) error {
 	return nil
 }
 
-// Into copies the next len(b) bytes, which the pipe has, into b.
+// Into copies the next len(b) bytes, which the pipe has, into b, as where another
+// one writes into the file.
 func (p *Pipe) Into(b []byte) error {
 	if p.r < 0 {
 		return os.ErrClosed
