@@ -29,6 +29,9 @@ type VCPU struct {
 
 	kickMu sync.Mutex   // held while something is done to tid, and to unbind it
 	tid    atomic.Int32 // the bound OS thread, 0 if none
+
+	lowered bool // under kickMu: tid has another nice value than
+	nice    int
 }
 
 // ID is the vCPU's number, which is its APIC id.
@@ -85,7 +88,8 @@ func (c *VCPU) Bind() (unbind func(), err error) {
 	set.Val[(kickSignal-1)/64] |= 1 << ((kickSignal - 1) % 64)
 	err = unix.PthreadSigmask(unix.SIG_UNBLOCK, &set, &old)
 	unbind = func() {
-		c.kickMu.Lock() // a Kick that has seen the thread has sent its signal when this is ours
+		c.kickMu.Lock()     // a Kick that has seen the thread has sent its signal when this is ours
+		_ = c.raiseLocked() // for whatever the thread does next
 		c.tid.Store(0)
 		c.kickMu.Unlock()
 		unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
@@ -157,21 +161,39 @@ func (c *VCPU) Kick() error {
 	return nil
 }
 
-// Renice adds to the nice value of the bound thread (setpriority(2)). Of a vCPU that
-// is bound to none there is nothing to do.
-func (c *VCPU) Renice(by int) error {
+// Lower adds by to the nice value of the bound thread (setpriority(2)), until Raise
+// or the end of the binding. It fails, and changes nothing, with EPERM where that could
+// not be undone. A vCPU that is bound to no thread, or lowered already, stays as it is.
+func (c *VCPU) Lower(by int) error {
 	c.kickMu.Lock()
 	defer c.kickMu.Unlock()
 	tid := int(c.tid.Load())
-	if tid == 0 {
+	if tid == 0 || c.lowered {
 		return nil
 	}
-	nice, err := sys.Nice(tid)
-	if err == nil {
-		err = unix.Setpriority(unix.PRIO_PROCESS, tid, nice+by)
-	}
+	nice, err := sys.Lower(tid, by)
 	if err != nil {
 		return with(failure("setpriority", err), "vcpu %d thread %d nice %+d", c.id, tid, by)
+	}
+	c.lowered, c.nice = true, nice
+	return nil
+}
+
+// Raise undoes Lower.
+func (c *VCPU) Raise() error {
+	c.kickMu.Lock()
+	defer c.kickMu.Unlock()
+	return c.raiseLocked()
+}
+
+func (c *VCPU) raiseLocked() error {
+	if !c.lowered {
+		return nil
+	}
+	c.lowered = false
+	tid := int(c.tid.Load())
+	if err := sys.SetNice(tid, c.nice); err != nil {
+		return with(failure("setpriority", err), "vcpu %d thread %d nice %d", c.id, tid, c.nice)
 	}
 	return nil
 }

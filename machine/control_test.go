@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"vmm/internal/sys"
 )
 
@@ -61,17 +63,19 @@ func TestPauseAndResume(t *testing.T) {
 	}
 }
 
-// The threads of the vCPUs give way, those alone, and as long as they are told to.
+// The threads of the vCPUs give way, those alone, as long as they are told to, and no
+// longer than they are the vCPUs'.
 func TestGiveWay(t *testing.T) {
-	if !sys.CanRenice(wayNice) {
-		t.Skip("this process may not raise a priority again")
-	}
-	m, _, _ := start(t, t.Context())
-	before, err := sys.Nice(0)
+	m, _, done := start(t, t.Context())
+	before, err := sys.Nice(os.Getpid())
 	if err != nil {
 		t.Fatal(err)
 	}
-	lower := func() (n int) {
+	// Every vCPU has a thread when it has stood.
+	if err := errors.Join(m.Pause(t.Context()), m.Resume()); err != nil {
+		t.Fatal(err)
+	}
+	count := func() (lower, other int) {
 		tasks, err := os.ReadDir("/proc/self/task")
 		if err != nil {
 			t.Fatal(err)
@@ -81,26 +85,45 @@ func TestGiveWay(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if nice, err := sys.Nice(tid); err == nil && nice == before+wayNice {
-				n++
+			switch nice, err := sys.Nice(tid); {
+			case err != nil || nice == before:
+			case nice == before+wayNice:
+				lower++
+			default:
+				other++
 			}
 		}
-		return n
+		return lower, other
 	}
-	for _, x := range []struct {
-		on   bool
-		want int
-	}{{false, 0}, {true, 2}, {true, 2}, {false, 0}, {false, 0}, {true, 2}} {
-		if m.GiveWay(x.on); lower() != x.want {
-			t.Errorf("GiveWay(%v): %d threads have another priority; want %d", x.on, lower(), x.want)
+	want := func(when string, n int) {
+		t.Helper()
+		if lower, other := count(); lower != n || other != 0 {
+			t.Errorf("%s: %d threads are lower by %d, %d otherwise; want %d", when, lower, wayNice, other, n)
 		}
 	}
-	if err := m.Pause(t.Context()); err != nil {
+	may := 2
+	if err := m.vcpus[0].cpu.Lower(wayNice); errors.Is(err, unix.EPERM) {
+		may = 0
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	for _, on := range []bool{false, true, true, false, false, true} {
+		m.GiveWay(on)
+		if on {
+			want("told to", may)
+		} else {
+			want("told not to", 0)
+		}
+	}
+	if err := m.Stop(); err != nil {
 		t.Error(err)
 	}
-	if m.GiveWay(false); lower() != 0 {
-		t.Errorf("of a paused guest %d threads keep another priority", lower())
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
+	want("the guest has ended", 0)
+	m.GiveWay(false)
+	want("told not to, too late", 0)
 }
 
 func TestPausedMachineEnds(t *testing.T) {

@@ -76,7 +76,6 @@ type Machine struct {
 	moving   atomic.Bool  // its Departure has paused it
 	throttle atomic.Int32 // percent
 	slowed   atomic.Bool  // slow runs
-	givesWay bool         // see GiveWay
 	feed     feed
 	close    []func() error // in the order of building
 }

@@ -3,8 +3,6 @@ package machine
 import (
 	"context"
 	"time"
-
-	"vmm/internal/sys"
 )
 
 // throttlePeriod is what a throttled guest's time is divided into: short
@@ -49,19 +47,12 @@ const wayNice = 5
 // GiveWay says whether the vCPUs leave the processors to others where there are
 // too few, this host's part of a migration first of all: the memory of a guest
 // that works is copied much sooner then, and the guest writes less of it
-// meanwhile. Where this process may not take that back it is not begun. There is
-// one caller at a time.
+// meanwhile. Those that could not be raised again are left alone.
 func (m *Machine) GiveWay(on bool) {
-	if on == m.givesWay || on && !sys.CanRenice(wayNice) {
-		return
-	}
-	m.givesWay = on
-	by := wayNice
-	if !on {
-		by = -wayNice
-	}
 	for _, v := range m.vcpus {
-		if err := v.cpu.Renice(by); err != nil {
+		if on {
+			_ = v.cpu.Lower(wayNice) // a help, so a failure is none
+		} else if err := v.cpu.Raise(); err != nil {
 			m.cfg.Warn(err.Error())
 		}
 	}

@@ -17,7 +17,7 @@ import (
 // collected. It is a help, so a failure is none.
 func Rehearse() {
 	_ = sys.PopulateProgram()
-	_ = sys.CalmMonitor()
+	sys.SpareThreads()
 	m := (&vmmv1.StreamMessage{}).ProtoReflect()
 	bodies := m.Descriptor().Oneofs().ByName("body").Fields()
 	for i := range bodies.Len() {

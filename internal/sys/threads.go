@@ -16,42 +16,65 @@ import (
 func GiveWay() error {
 	const nice = 10
 	// Linux has a priority for each thread; a new one inherits that of its
-	// creator.
-	threads, err := os.ReadDir("/proc/self/task")
-	for _, t := range threads {
-		tid, perr := strconv.Atoi(t.Name())
-		if perr == nil {
-			perr = unix.Setpriority(unix.PRIO_PROCESS, tid, nice)
+	// creator. So one that began meanwhile is seen the next time, and when there
+	// was none, there will be none.
+	for again := true; again; {
+		again = false
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			return err
 		}
-		if perr != nil && !errors.Is(perr, unix.ESRCH) { // it has ended
-			err = errors.Join(err, perr)
+		for _, t := range threads {
+			tid, err := strconv.Atoi(t.Name())
+			if err != nil {
+				return err
+			}
+			have, err := Nice(tid)
+			if err == nil && have < nice {
+				again = true
+				err = SetNice(tid, nice)
+			}
+			if err != nil && err != unix.ESRCH { // it has ended
+				return err
+			}
 		}
 	}
-	return err
+	return nil
 }
 
 // Nice is the nice value of a thread, -20 to 19; 0 is the calling one.
 func Nice(tid int) (int, error) {
-	const top = 20 // which the system call takes it from (getpriority(2))
 	n, err := unix.Getpriority(unix.PRIO_PROCESS, tid)
-	return top - n, err
+	return niceTop - n, err
 }
 
-// CanRenice says whether this process may add by to a thread's nice value and take
-// it away again: that is for CAP_SYS_NICE or RLIMIT_NICE to allow.
-func CanRenice(by int) bool {
-	can := make(chan bool)
-	go func() {
-		runtime.LockOSThread() // to the end: the thread goes with it
-		before, err := Nice(0)
-		if err == nil {
-			err = unix.Setpriority(unix.PRIO_PROCESS, 0, before+by)
-		}
-		after, nerr := Nice(0)
-		can <- errors.Join(err, nerr) == nil && after == before+by && unix.Setpriority(unix.PRIO_PROCESS, 0, before) == nil
-	}()
-	return <-can
+// niceTop is what the kernel takes nice values from (getpriority(2), RLIMIT_NICE).
+const niceTop = 20
+
+// Lower adds by to the nice value of a thread and says what it was, for SetNice.
+// Where this process could not give it back, for want of RLIMIT_NICE and of
+// CAP_SYS_NICE, or there is no such value, nothing is changed and the error is EPERM.
+func Lower(tid, by int) (before int, err error) {
+	if before, err = Nice(tid); err != nil {
+		return before, err
+	}
+	if before+by >= niceTop {
+		return before, unix.EPERM
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NICE, &limit); err != nil {
+		return before, err
+	}
+	// Who may go up a step from here may come back here. A capability is not asked
+	// for: in a namespace of users it says nothing.
+	if uint64(niceTop-before) > limit.Cur && SetNice(tid, before-1) != nil {
+		return before, unix.EPERM
+	}
+	return before, SetNice(tid, before+by)
 }
+
+// SetNice gives a thread a nice value (setpriority(2)).
+func SetNice(tid, nice int) error { return unix.Setpriority(unix.PRIO_PROCESS, tid, nice) }
 
 // CalmMonitor lets the thread with which Go's scheduler watches over threads in
 // system calls (sysmon) sleep up to ten milliseconds longer than it asks for. It
@@ -60,14 +83,11 @@ func CanRenice(by int) bool {
 // what it finds has no hurry. It needs CAP_SYS_NICE, and Linux 4.6.
 //
 // A thread has the slack of the one that creates it. So that this one need not
-// create any, there are some more threads from now on, which are idle. Should it
-// create one all the same, that one's timers are less exact, nothing worse. Later
-// calls answer what the first one did.
-func CalmMonitor() error { return calmed() }
-
-var calmed = sync.OnceValue(func() error {
+// create any, there are SpareThreads. Should it create one all the same, that one's
+// timers are less exact, nothing worse.
+func CalmMonitor() error {
 	const slack = "10000000" // ns
-	makeThreads(spareThreads)
+	SpareThreads()
 	tasks, err := os.Open("/proc/self/task")
 	if err != nil {
 		return err
@@ -89,7 +109,11 @@ var calmed = sync.OnceValue(func() error {
 	}
 	_, err = f.WriteString(slack)
 	return errors.Join(err, f.Close())
-})
+}
+
+// SpareThreads makes some threads, once, which are idle from then on. Creating
+// them takes its time.
+var SpareThreads = sync.OnceFunc(func() { makeThreads(spareThreads) })
 
 // spareThreads is for system calls that block beside those of vCPUs and queue
 // workers, which have their threads from others. It is a guess, on the safe side.

@@ -67,37 +67,61 @@ func TestGiveWay(t *testing.T) {
 	threads.Wait()
 }
 
-// Where RLIMIT_NICE forbids the way back, and no capability allows it, there is
-// none; and none that leads beyond the last value.
-func TestCanRenice(t *testing.T) {
+// A thread is lowered where it can be raised again, to where it was: root may, with
+// CAP_SYS_NICE, and nobody as far as RLIMIT_NICE goes.
+func TestLower(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	before, err := Nice(0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if CanRenice(40) {
-		t.Error("40 more are 19 at most, and cannot be taken away again")
-	}
-	if nice, err := Nice(0); nice != before || err != nil {
-		t.Errorf("the nice value is %d, %v; before it was %d", nice, err, before)
-	}
-	if os.Getenv("CAN_RENICE") == "no" {
-		if CanRenice(1) {
-			t.Error("nobody may")
+	lower := func(by int, may bool) {
+		t.Helper()
+		was, err := Lower(0, by)
+		now, nerr := Nice(0)
+		if nerr != nil {
+			t.Fatal(nerr)
 		}
+		if may && (err != nil || was != before || now != before+by) || !may && (err != unix.EPERM || now != before) {
+			t.Errorf("Lower(%d) = %d, %v, and the nice value is %d; before it was %d; want it to go: %v", by, was, err, now, before, may)
+		}
+		if err := SetNice(0, before); err != nil {
+			t.Errorf("there is no way back: %v", err)
+		}
+	}
+	lower(20-before, false)
+	if role := os.Getenv("LOWER"); role != "" {
+		lower(5, role == "allowed")
 		return
 	}
-	if os.Getuid() != 0 {
-		t.Skip("only root is sure to be allowed to")
-	}
-	if !CanRenice(1) {
-		t.Error("root may not")
-	}
-	c := exec.Command("/proc/self/exe", "-test.run=^TestCanRenice$", "-test.v")
-	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	c.Env = append(os.Environ(), "CAN_RENICE=no")
-	out, err := c.CombinedOutput()
+	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {
-		t.Errorf("%v: %s", err, out)
+		t.Fatal(err)
+	}
+	var capabilities uint64
+	for line := range strings.Lines(string(status)) {
+		fmt.Sscanf(line, "CapEff: %x", &capabilities)
+	}
+	if need := uint64(1<<unix.CAP_SYS_NICE | 1<<unix.CAP_SYS_RESOURCE | 1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID); capabilities&need != need {
+		t.Skip("only root can be everybody here")
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NICE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NICE, &limit)
+	for role, nice := range map[string]uint64{"forbidden": 0, "allowed": uint64(20 - before)} {
+		if err := unix.Setrlimit(unix.RLIMIT_NICE, &unix.Rlimit{Cur: nice, Max: nice}); err != nil {
+			t.Fatal(err)
+		}
+		lower(5, true)
+		c := exec.Command("/proc/self/exe", "-test.run=^TestLower$", "-test.v")
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		c.Env = append(os.Environ(), "LOWER="+role)
+		if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestLower") {
+			t.Errorf("%s: %v: %s", role, err, out)
+		}
 	}
 }
 

@@ -119,11 +119,11 @@ func stream(vmm string, size, rounds int) error {
 	return nil
 }
 
-// warm has the host use and free as much memory as a guest needs, and then some,
-// before each measurement: a host that is a virtual machine itself may have given
-// its free memory back, and gets it anew page by page, slower than any copy.
-func warm(guest int) error {
-	m, err := sys.MapAnonymous(guest + guest/2)
+// warm has the host use and free as much memory as a guest needs, before each
+// measurement: a host that is a virtual machine itself may have given its free
+// memory back, and gets it anew page by page, slower than any copy.
+func warm(size int) error {
+	m, err := sys.MapAnonymous(size)
 	if err != nil {
 		return err
 	}
