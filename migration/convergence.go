@@ -13,6 +13,7 @@ type convergence struct {
 	expected  time.Duration
 	slow      int // rounds in a row that gained too little
 	throttle  int
+	polished  int // rounds that would not have been necessary
 }
 
 // Throttling begins after the second round in a row that leaves more than
@@ -23,6 +24,11 @@ const (
 	throttleMost  = 99
 	// A round shorter than this says more about latency than about bandwidth.
 	minSample = 1 << 20
+	// What fits the downtime is made less by some more rounds, as long as each at
+	// least halves it: together they take no longer than twice what is allowed. A
+	// downtime of so small a part of that is not worth one.
+	mostPolished = 3
+	polishedPart = 8
 )
 
 // fits says that what is left can be sent within the downtime.
@@ -31,16 +37,20 @@ func (c *convergence) fits(left uint64) bool {
 	return c.expected <= c.limit
 }
 
-// after is told of a round: the bytes that were sent, what the guest has
-// written meanwhile, and how long it took.
-func (c *convergence) after(sent, dirtied uint64, took time.Duration) (stop bool, throttle int) {
+// after is told of a round: the bytes that were sent, what the guest has written
+// meanwhile, how long it took, and the time that is left for others.
+func (c *convergence) after(sent, dirtied uint64, took, left time.Duration) (stop bool, throttle int) {
 	seconds := max(took.Seconds(), 1e-6)
 	if sent >= minSample || c.bandwidth == 0 {
 		c.bandwidth = max(float64(sent)/seconds, 1)
 	}
 	c.dirtyRate = float64(dirtied) / seconds
 	if c.fits(dirtied) {
-		return true, c.throttle
+		polish := c.polished < mostPolished && dirtied*2 <= sent && c.expected > c.limit/polishedPart && left/2 > c.limit
+		if polish {
+			c.polished++
+		}
+		return !polish, c.throttle
 	}
 	if dirtied*2 > sent {
 		c.slow++

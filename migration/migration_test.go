@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -392,32 +393,50 @@ func (r *rig) kill(n pr.Nexus) {
 // A guest that writes faster than the link either is slowed down until it
 // converges, or runs on when the time is up.
 func TestConvergence(t *testing.T) {
-	c := convergence{limit: 100 * time.Millisecond}
-	const mib = 1 << 20
-	for i, step := range []struct {
+	const mib, never = 1 << 20, time.Duration(math.MaxInt64)
+	type step struct {
 		sent, dirtied uint64
-		took          time.Duration
+		took, left    time.Duration
 		stop          bool
 		throttle      int
-	}{
-		{1000 * mib, 800 * mib, time.Second, false, 0},
-		{800 * mib, 700 * mib, time.Second, false, 20},
-		{700 * mib, 600 * mib, time.Second, false, 40},
-		{600 * mib, 200 * mib, time.Second, false, 40}, // it works
-		{200 * mib, 180 * mib, time.Second, false, 40},
-		{180 * mib, 170 * mib, time.Second, false, 60},
-		{170 * mib, 160 * mib, time.Second, false, 80},
-		{160 * mib, 150 * mib, time.Second, false, 99},
-		{150 * mib, 140 * mib, time.Second, false, 99},
-		{140 * mib, 13 * mib, time.Second, true, 99},
+	}
+	for name, steps := range map[string][]step{
+		"throttled": {
+			{1000 * mib, 800 * mib, time.Second, never, false, 0},
+			{800 * mib, 700 * mib, time.Second, never, false, 20},
+			{700 * mib, 600 * mib, time.Second, never, false, 40},
+			{600 * mib, 200 * mib, time.Second, never, false, 40}, // it works
+			{200 * mib, 180 * mib, time.Second, never, false, 40},
+			{180 * mib, 170 * mib, time.Second, never, false, 60},
+			{170 * mib, 160 * mib, time.Second, never, false, 80},
+			{160 * mib, 150 * mib, time.Second, never, false, 99},
+			{150 * mib, 140 * mib, time.Second, never, false, 99},
+			{140 * mib, 13 * mib, time.Second, never, false, 99}, // 93 of 100 ms
+			{13 * mib, 7 * mib, 93 * time.Millisecond, never, true, 99},
+		},
+		"less than an eighth":       {{1000 * mib, 12 * mib, time.Second, never, true, 0}},
+		"more than an eighth":       {{1000 * mib, 13 * mib, time.Second, never, false, 0}, {13 * mib, mib, 13 * time.Millisecond, never, true, 0}},
+		"a round that gains little": {{150 * mib, 76 * mib, time.Second, never, false, 0}, {76 * mib, 39 * mib, 500 * time.Millisecond, never, false, 20}, {39 * mib, 14 * mib, 250 * time.Millisecond, never, false, 20}, {14 * mib, 8 * mib, 90 * time.Millisecond, never, true, 20}},
+		"no more than three": {
+			{1000 * mib, 90 * mib, time.Second, never, false, 0},
+			{90 * mib, 45 * mib, 90 * time.Millisecond, never, false, 0},
+			{45 * mib, 22 * mib, 45 * time.Millisecond, never, false, 0},
+			{44 * mib, 22 * mib, 44 * time.Millisecond, never, true, 0},
+		},
+		"no time for one": {{1000 * mib, 90 * mib, time.Second, 200 * time.Millisecond, true, 0}},
+		"time for one":    {{1000 * mib, 90 * mib, time.Second, 300 * time.Millisecond, false, 0}},
 	} {
-		stop, throttle := c.after(step.sent, step.dirtied, step.took)
-		if stop != step.stop || throttle != step.throttle {
-			t.Errorf("round %d: after = %v, %d; want %v, %d", i+1, stop, throttle, step.stop, step.throttle)
+		c := convergence{limit: 100 * time.Millisecond}
+		for i, x := range steps {
+			stop, throttle := c.after(x.sent, x.dirtied, x.took, x.left)
+			if stop != x.stop || throttle != x.throttle {
+				t.Errorf("%s, round %d: after = %v, %d; want %v, %d", name, i+1, stop, throttle, x.stop, x.throttle)
+			}
 		}
 	}
 	// A short round does not change what is known of the bandwidth.
-	if c.after(4096, 0, time.Second); c.bandwidth != 140*mib {
+	c := convergence{limit: 100 * time.Millisecond, bandwidth: 140 * mib}
+	if c.after(4096, 0, time.Second, never); c.bandwidth != 140*mib {
 		t.Errorf("bandwidth %v; want %v", c.bandwidth, 140*mib)
 	}
 }

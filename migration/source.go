@@ -368,7 +368,7 @@ func (o *Outgoing) copy() error {
 		if pages, err = log.Collect(); err != nil {
 			return err
 		}
-		stop, throttle := c.after(sent, pages*memory.PageSize, took)
+		stop, throttle := c.after(sent, pages*memory.PageSize, took, until(deadline))
 		if stop && !settled {
 			settled = true
 			if err := o.during(until(deadline), o.src.Settle); err != nil {
