@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"vmm/internal/sys"
 )
 
@@ -119,11 +121,16 @@ func stream(vmm string, size, rounds int) error {
 	return nil
 }
 
-// warm has the host use and free as much memory as a guest needs, before each
-// measurement: a host that is a virtual machine itself may have given its free
-// memory back, and gets it anew page by page, slower than any copy.
-func warm(size int) error {
-	m, err := sys.MapAnonymous(size)
+// warm has the host use and free as much memory as a guest needs, and then some,
+// before each measurement: a host that is a virtual machine itself may have given
+// its free memory back, and gets it anew page by page, slower than any copy.
+func warm(guest int) error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return err
+	}
+	free := info.Freeram * uint64(info.Unit)
+	m, err := sys.MapAnonymous(int(min(uint64(guest+guest/2), free/2)))
 	if err != nil {
 		return err
 	}
