@@ -414,9 +414,14 @@ func TestConvergence(t *testing.T) {
 			{140 * mib, 13 * mib, time.Second, never, false, 99}, // 93 of 100 ms
 			{13 * mib, 7 * mib, 93 * time.Millisecond, never, true, 99},
 		},
-		"less than an eighth":       {{1000 * mib, 12 * mib, time.Second, never, true, 0}},
-		"more than an eighth":       {{1000 * mib, 13 * mib, time.Second, never, false, 0}, {13 * mib, mib, 13 * time.Millisecond, never, true, 0}},
-		"a round that gains little": {{150 * mib, 76 * mib, time.Second, never, false, 0}, {76 * mib, 39 * mib, 500 * time.Millisecond, never, false, 20}, {39 * mib, 14 * mib, 250 * time.Millisecond, never, false, 20}, {14 * mib, 8 * mib, 90 * time.Millisecond, never, true, 20}},
+		"less than an eighth": {{1000 * mib, 12 * mib, time.Second, never, true, 0}},
+		"more than an eighth": {{1000 * mib, 13 * mib, time.Second, never, false, 0}, {13 * mib, mib, 13 * time.Millisecond, never, true, 0}},
+		"a round that gains little": {
+			{150 * mib, 76 * mib, time.Second, never, false, 0},
+			{76 * mib, 39 * mib, 500 * time.Millisecond, never, false, 20},
+			{39 * mib, 14 * mib, 250 * time.Millisecond, never, false, 20},
+			{14 * mib, 8 * mib, 90 * time.Millisecond, never, true, 20},
+		},
 		"no more than three": {
 			{1000 * mib, 90 * mib, time.Second, never, false, 0},
 			{90 * mib, 45 * mib, 90 * time.Millisecond, never, false, 0},

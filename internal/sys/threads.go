@@ -65,8 +65,8 @@ func Lower(tid, by int) (before int, err error) {
 	if err := unix.Getrlimit(unix.RLIMIT_NICE, &limit); err != nil {
 		return before, err
 	}
-	// Who may go up a step from here may come back here. A capability is not asked
-	// for: in a namespace of users it says nothing.
+	// Who may go up a step from here, which is undone at once, may come back here. A
+	// capability is not asked for: in a namespace of users it says nothing.
 	if uint64(niceTop-before) > limit.Cur && SetNice(tid, before-1) != nil {
 		return before, unix.EPERM
 	}
